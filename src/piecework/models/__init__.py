@@ -1,0 +1,5 @@
+"""Builders of plain torch models."""
+
+from .mlp import ACTIVATIONS, mlp
+
+__all__ = ["ACTIVATIONS", "mlp"]

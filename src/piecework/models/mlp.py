@@ -1,0 +1,55 @@
+"""Fully connected networks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from ..nn import HardSigmoid, Sign
+from ..training import BadInput
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "leaky-relu": nn.LeakyReLU,
+    "hard-sigmoid": HardSigmoid,
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+    "sign": Sign,
+    "identity": nn.Identity,
+}
+
+
+def mlp(
+    num_features: int,
+    hidden: Sequence[int],
+    num_outputs: int,
+    *,
+    activation: str = "relu",
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> nn.Sequential:
+    """Linear layers with an activation between them: num_features - hidden - num_outputs.
+
+    Weights are normal with variance 2/fan-in for the rectifiers (He et al. 2015) and 1/fan-in for the others; biases
+    are normal with a tenth of that standard deviation, so that no two units share a kink. Only `seed` decides them.
+
+    Raises BadInput for a width below 1 or an unknown activation."""
+    if activation not in ACTIVATIONS:
+        raise BadInput(f"no activation {activation!r}; there are {', '.join(ACTIVATIONS)}")
+    widths = [num_features, *hidden, num_outputs]
+    if min(widths) < 1:
+        raise BadInput(f"every layer needs at least one unit, got widths {' '.join(map(str, hidden))}")
+    gain = 2.0 if activation in ("relu", "leaky-relu") else 1.0
+    generator = torch.Generator().manual_seed(seed)
+    layers: list[nn.Module] = []
+    for fan_in, fan_out in zip(widths, widths[1:], strict=False):
+        linear = nn.utils.skip_init(nn.Linear, fan_in, fan_out, dtype=dtype)
+        std = math.sqrt(gain / fan_in)
+        with torch.no_grad():
+            linear.weight.copy_(torch.randn(fan_out, fan_in, generator=generator, dtype=torch.float64) * std)
+            linear.bias.copy_(torch.randn(fan_out, generator=generator, dtype=torch.float64) * (std / 10))
+        layers += [linear, ACTIVATIONS[activation]()]
+    return nn.Sequential(*layers[:-1])

@@ -1,28 +1,278 @@
-"""Losses and what each can do: value, closed-form gradient and curvature at the outputs, proximal map."""
+"""Losses and what each can do: value, closed-form gradient and curvature at the outputs, proximal map.
+
+A *total* is a sum over samples, the papers' convention; calling the loss gives the mean, which every report shows.
+z: (n, k) outputs; y: (n,) int64 classes from 0, or (n, k) real targets.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Protocol
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from .solvers import prox
+from .training import BadInput, CannotTrain, Task
 
 
 class Loss(Protocol):
-    """A loss on network outputs. z: (n, k) outputs; y: (n,) int64 classes from 0, or (n, k) real targets.
+    """A loss on network outputs with its capabilities; a method refuses a loss that lacks one it needs."""
 
-    A *total* is a sum over samples (the papers' convention); calling the loss gives the mean over samples, which is
-    what every report shows."""
+    @property
+    def name(self) -> str: ...
 
-    name: str
+    @property
+    def curvature_bound(self) -> float | None:
+        """A bound c of the second derivative at the outputs of one sample, in the total; None where there is none."""
+        ...
 
     def __call__(self, z: Tensor, y: Tensor) -> Tensor:
         """The mean loss a sample, 0-d; differentiable by autograd."""
         ...
 
     def total(self, z: Tensor, y: Tensor) -> Tensor:
-        """The sum over samples, 0-d, in float64 accumulation where z is float32."""
+        """The sum over samples, 0-d float64."""
         ...
 
     def decide(self, z: Tensor) -> Tensor:
         """The predicted classes (n,) int64; for real targets the outputs themselves."""
         ...
+
+    def targets(self, y: Tensor, num_outputs: int, dtype: torch.dtype) -> Tensor:
+        """(n, k) numbers that the outputs aim at: one-hot or 0/1 classes, or the real targets."""
+        ...
+
+    def gradient(self, z: Tensor, y: Tensor) -> Tensor:
+        """(n, k): d total / d z in closed form; a subgradient at a kink."""
+        ...
+
+    def hessian_mv(self, z: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        """(n, k): the second derivative at the outputs times v (n, k); 0 for the hinge."""
+        ...
+
+    def prox(self, m: Tensor, y: Tensor, beta: float, dual: Tensor | None = None) -> Tensor:
+        """argmin over z of l(z, y) + <z, dual> + beta ||z - m||^2 (no 1/2), (n, k)."""
+        ...
+
+    def check(self, task: Task, num_outputs: int) -> None:
+        """Raises CannotTrain, in a sentence, where the loss does not fit the task or the number of outputs."""
+        ...
+
+    def plain(self) -> Loss:
+        """The loss that is reported: without label smoothing."""
+        ...
+
+
+def encode(y: Tensor, num_outputs: int, dtype: torch.dtype) -> Tensor:
+    """(n, k) one-hot classes, (n, 1) 0/1 for one output, or real targets unchanged."""
+    if y.is_floating_point():
+        return y.to(dtype)
+    if num_outputs == 1:
+        return y[:, None].to(dtype)
+    return F.one_hot(y, num_outputs).to(dtype)
+
+
+def _mean(per_sample: Tensor) -> Tensor:
+    return per_sample.sum() / max(1, len(per_sample))
+
+
+def _class_of(z: Tensor, threshold: float) -> Tensor:
+    return (z[:, 0] > threshold).long() if z.shape[1] == 1 else z.argmax(1)
+
+
+@dataclass(frozen=True)
+class Squared:
+    """||z - y||^2, summed over outputs, without 1/2; classes are 0/1 or one-hot targets. For any task."""
+
+    name = "squared"
+    curvature_bound = 2.0
+
+    def _each(self, z: Tensor, y: Tensor) -> Tensor:
+        return (z - encode(y, z.shape[1], z.dtype)).square().sum(1)
+
+    def __call__(self, z: Tensor, y: Tensor) -> Tensor:
+        return _mean(self._each(z, y))
+
+    def total(self, z: Tensor, y: Tensor) -> Tensor:
+        return self._each(z, y).double().sum()
+
+    def decide(self, z: Tensor) -> Tensor:
+        """Classes; for regression use the outputs themselves."""
+        return _class_of(z, 0.5)
+
+    def targets(self, y: Tensor, num_outputs: int, dtype: torch.dtype) -> Tensor:
+        return encode(y, num_outputs, dtype)
+
+    def residual(self, z: Tensor, y: Tensor) -> Tensor:
+        """z - y, (n, k); the total is its sum of squares."""
+        return z - encode(y, z.shape[1], z.dtype)
+
+    def gradient(self, z: Tensor, y: Tensor) -> Tensor:
+        return self.residual(z, y).mul_(2)
+
+    def hessian_mv(self, z: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        return 2 * v
+
+    def prox(self, m: Tensor, y: Tensor, beta: float, dual: Tensor | None = None) -> Tensor:
+        return prox.squared(m, encode(y, m.shape[1], m.dtype), beta, dual)
+
+    def check(self, task: Task, num_outputs: int) -> None:
+        return None
+
+    def plain(self) -> Squared:
+        return self
+
+
+@dataclass(frozen=True)
+class Hinge:
+    """The hinge of Taylor et al. 2016: max(1 - z, 0) for y = 1 and max(z, 0) for y = 0, summed over the outputs
+    (one output for two classes, one-versus-rest otherwise); the threshold is 1/2."""
+
+    name = "hinge"
+    curvature_bound = None
+
+    def _each(self, z: Tensor, y: Tensor) -> Tensor:
+        target = encode(y, z.shape[1], z.dtype)
+        return torch.where(target > 0.5, 1 - z, z).clamp_min(0).sum(1)
+
+    def __call__(self, z: Tensor, y: Tensor) -> Tensor:
+        return _mean(self._each(z, y))
+
+    def total(self, z: Tensor, y: Tensor) -> Tensor:
+        return self._each(z, y).double().sum()
+
+    def decide(self, z: Tensor) -> Tensor:
+        return _class_of(z, 0.5)
+
+    def targets(self, y: Tensor, num_outputs: int, dtype: torch.dtype) -> Tensor:
+        return encode(y, num_outputs, dtype)
+
+    def gradient(self, z: Tensor, y: Tensor) -> Tensor:
+        on = encode(y, z.shape[1], z.dtype) > 0.5
+        return torch.where(on, -(z < 1).to(z.dtype), (z > 0).to(z.dtype))
+
+    def hessian_mv(self, z: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        return torch.zeros_like(v)
+
+    def prox(self, m: Tensor, y: Tensor, beta: float, dual: Tensor | None = None) -> Tensor:
+        return prox.hinge(m, encode(y, m.shape[1], m.dtype), beta, dual)
+
+    def check(self, task: Task, num_outputs: int) -> None:
+        _need_classes(self.name, task)
+
+    def plain(self) -> Hinge:
+        return self
+
+
+@dataclass(frozen=True)
+class Logistic:
+    """Logistic loss of one output for two classes: log(1 + exp(z)) - y z."""
+
+    label_smoothing: float = 0.0
+    """Targets become y (1 - smoothing) + smoothing / 2."""
+
+    name = "logistic"
+    curvature_bound = 0.25
+
+    def targets(self, y: Tensor, num_outputs: int, dtype: torch.dtype) -> Tensor:
+        return encode(y, num_outputs, dtype) * (1 - self.label_smoothing) + self.label_smoothing / 2
+
+    def _each(self, z: Tensor, y: Tensor) -> Tensor:
+        return (F.softplus(z) - self.targets(y, z.shape[1], z.dtype) * z).sum(1)
+
+    def __call__(self, z: Tensor, y: Tensor) -> Tensor:
+        return _mean(self._each(z, y))
+
+    def total(self, z: Tensor, y: Tensor) -> Tensor:
+        return self._each(z, y).double().sum()
+
+    def decide(self, z: Tensor) -> Tensor:
+        return _class_of(z, 0.0)
+
+    def gradient(self, z: Tensor, y: Tensor) -> Tensor:
+        return torch.sigmoid(z) - self.targets(y, z.shape[1], z.dtype)
+
+    def hessian_mv(self, z: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        p = torch.sigmoid(z)
+        return p * (1 - p) * v
+
+    def prox(self, m: Tensor, y: Tensor, beta: float, dual: Tensor | None = None) -> Tensor:
+        return prox.logistic(m, self.targets(y, m.shape[1], m.dtype), beta, dual)
+
+    def check(self, task: Task, num_outputs: int) -> None:
+        if task != "binary" or num_outputs != 1:
+            raise CannotTrain(
+                f"the logistic loss is for two classes and one output, not {task} with {num_outputs}; use softmax"
+            )
+
+    def plain(self) -> Logistic:
+        return replace(self, label_smoothing=0.0)
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """Softmax cross-entropy of k >= 2 outputs."""
+
+    label_smoothing: float = 0.0
+    """Targets become y (1 - smoothing) + smoothing / k, as in torch."""
+
+    name = "softmax"
+    curvature_bound = 0.5
+
+    def targets(self, y: Tensor, num_outputs: int, dtype: torch.dtype) -> Tensor:
+        return encode(y, num_outputs, dtype) * (1 - self.label_smoothing) + self.label_smoothing / num_outputs
+
+    def __call__(self, z: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(z, y, label_smoothing=self.label_smoothing, reduction="sum") / max(1, len(z))
+
+    def total(self, z: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(z, y, label_smoothing=self.label_smoothing, reduction="none").double().sum()
+
+    def decide(self, z: Tensor) -> Tensor:
+        return z.argmax(1)
+
+    def gradient(self, z: Tensor, y: Tensor) -> Tensor:
+        return torch.softmax(z, 1) - self.targets(y, z.shape[1], z.dtype)
+
+    def hessian_mv(self, z: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        p = torch.softmax(z, 1)
+        return p * (v - (p * v).sum(1, keepdim=True))
+
+    def prox(self, m: Tensor, y: Tensor, beta: float, dual: Tensor | None = None) -> Tensor:
+        return prox.softmax(m, self.targets(y, m.shape[1], m.dtype), beta, dual)
+
+    def check(self, task: Task, num_outputs: int) -> None:
+        _need_classes(self.name, task)
+        if num_outputs < 2:
+            raise CannotTrain(f"softmax needs two outputs or more, the network has {num_outputs}; use logistic")
+
+    def plain(self) -> Softmax:
+        return replace(self, label_smoothing=0.0)
+
+
+def _need_classes(name: str, task: Task) -> None:
+    if task == "regression":
+        raise CannotTrain(f"the {name} loss is for classes and the targets are real numbers; use squared")
+
+
+NAMES: dict[str, type[Squared | Hinge | Logistic | Softmax]] = {
+    "squared": Squared,
+    "hinge": Hinge,
+    "logistic": Logistic,
+    "softmax": Softmax,
+}
+_AUTO: dict[Task, str] = {"binary": "logistic", "multiclass": "softmax", "regression": "squared"}
+
+
+def named(name: str) -> Loss:
+    """The loss of that name. Raises BadInput for an unknown one."""
+    if name not in NAMES:
+        raise BadInput(f"no loss {name!r}; there are {', '.join(NAMES)}")
+    return NAMES[name]()
+
+
+def auto(task: Task) -> Loss:
+    """The usual loss of a task: logistic, softmax or squared."""
+    return named(_AUTO[task])

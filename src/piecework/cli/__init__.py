@@ -1,0 +1,143 @@
+"""The command line: `piecework fit | compare | resume | predict | show | methods | data`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TextIO
+
+COMMANDS = {
+    "fit": "train on a data set, show progress, leave a run folder",
+    "compare": "train several methods on the same data: one table, one figure",
+    "resume": "go on with a run as if it had never stopped",
+    "predict": "apply a trained run to new rows",
+    "show": "table and figure of finished runs",
+    "methods": "list the methods and what each is",
+    "data": "list the data sets and where they are",
+}
+"""What each command does, in a line."""
+
+PATIENCE = 3.0
+"""Seconds that a rank which has refused waits for the one that says why: torchrun ends all when the first one ends."""
+
+USAGE = """usage: piecework COMMAND ...
+
+Train neural networks in pieces, and compare that with backpropagation.
+
+commands
+{commands}
+
+first steps
+  piecework fit digits admm              train without a gradient
+  piecework compare digits --methods admm adam lbfgs
+  piecework show runs/digits-admm-1
+
+piecework COMMAND --help says more; piecework fit METHOD --help lists the settings of a method;
+torchrun --nproc-per-node 4 -m piecework fit ... runs the same thing on four ranks.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and give its exit status: 0, 2 for a user's mistake, 3 for a lost peer or a failed solve, 130 after
+    Ctrl-C. argv: the words behind `piecework`, by default those of this process."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    with warnings.catch_warnings():
+        if not sys.warnoptions and os.environ.get("PYTHONWARNINGS") is None and "pytest" not in sys.modules:
+            warnings.simplefilter("default", UserWarning)
+        warnings.showwarning = _say_warning
+        try:
+            status = _run(words)
+            sys.stdout.flush()
+            return status
+        except KeyboardInterrupt:
+            return 130
+        except BrokenPipeError:
+            # Whoever read the output has gone; the interpreter must not complain when it flushes at the end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
+        except Exception as error:
+            failed = _status(error)
+            if failed is None:
+                raise
+            if failed == 3 or _speaks():
+                _say("error", str(error))
+            else:
+                time.sleep(PATIENCE)
+            return failed
+
+
+def _run(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        width = max(map(len, COMMANDS))
+        print(USAGE.format(commands="\n".join(f"  {name:{width}}  {does}" for name, does in COMMANDS.items())), end="")
+        return 0 if words else 2
+    if words[0] == "--version":
+        from importlib import metadata
+
+        print(f"piecework {metadata.version('piecework')}")
+        return 0
+    if words[0] not in COMMANDS:
+        from ..training import BadInput
+        from .parse import near
+
+        raise BadInput(f"there is no command {words[0]}{near(words[0], COMMANDS)}; there are {', '.join(COMMANDS)}")
+    try:
+        return _command(words[0])(words[1:])
+    except SystemExit as end:  # after a help
+        return end.code if isinstance(end.code, int) else 0
+
+
+def _command(name: str) -> Callable[[Sequence[str]], int]:
+    """The function of a command; nothing is imported for the others."""
+    if name in ("fit", "resume"):
+        from .train import fit_command, resume_command
+
+        return fit_command if name == "fit" else resume_command
+    if name == "compare":
+        from .compare import compare_command
+
+        return compare_command
+    if name == "predict":
+        from .predict import predict_command
+
+        return predict_command
+    if name == "show":
+        from .show import show_command
+
+        return show_command
+    from .listings import data_command, methods_command
+
+    return methods_command if name == "methods" else data_command
+
+
+def _status(error: Exception) -> int | None:
+    """The exit status of an error that has a sentence for its user; None for one that is a defect."""
+    from ..training import BadInput, CannotTrain, DidNotSolve, PeerLost
+
+    if isinstance(error, BadInput | CannotTrain):
+        return 2
+    return 3 if isinstance(error, PeerLost | DidNotSolve) else None
+
+
+def _say(kind: str, text: str) -> None:
+    print(f"piecework: {kind}: " + " ".join(text.split()), file=sys.stderr, flush=True)
+
+
+def _say_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    if _speaks():
+        _say("warning", str(message))
+
+
+def _speaks() -> bool:
+    """Whether this rank says what all ranks of this machine have to say."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"

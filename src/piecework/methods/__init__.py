@@ -1,0 +1,20 @@
+"""The methods, one file or package each, and their names on the command line."""
+
+from __future__ import annotations
+
+from ..training import Method
+from .admm import ADMM
+from .cg import CG
+from .first_order import SGD, Adam
+from .lbfgs import LBFGS
+
+METHODS: dict[str, type[Method]] = {
+    "admm": ADMM,
+    "sgd": SGD,
+    "adam": Adam,
+    "lbfgs": LBFGS,
+    "cg": CG,
+}
+"""Recipe classes by their kebab-case names."""
+
+__all__ = ["ADMM", "CG", "LBFGS", "METHODS", "SGD", "Adam"]

@@ -1,0 +1,163 @@
+"""`piecework show`: table and figure of finished runs. Nothing in their folders is executed."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .options import ShowOptions
+from .parse import parse
+
+if TYPE_CHECKING:
+    from ..checkpoint import RunFolder
+    from ..history import History
+
+SHOW = "piecework show RUN [RUN ...] [--out FILE] [--timeline]"
+PICTURE = "show.png"
+
+
+def show_command(argv: Sequence[str]) -> int:
+    """`piecework show`."""
+    chosen, standing = parse(
+        ShowOptions,
+        argv,
+        usage=SHOW,
+        about="Print a table of finished runs and draw their scores. RUN is a run folder, or that of a comparison.",
+    )
+    from ..training import BadInput
+
+    if not standing:
+        raise BadInput(f"show takes at least one run folder: {SHOW}")
+    runs = [run for name in standing for run in _runs(Path(name))]
+    histories = [run.history() for run in runs]
+    if chosen.timeline:
+        _require_timeline(runs, histories)
+    labels = _labels([run.path for run in runs])
+    _print(labels, histories)
+    path = Path(chosen.out) if chosen.out is not None else Path(standing[0]) / PICTURE
+    if len(runs) == 1:
+        _recipe_line(runs[0])
+    draw(dict(zip(labels, histories, strict=True)), path)
+    return 0
+
+
+def _runs(path: Path) -> list[RunFolder]:
+    """The run of a folder, or the runs in the folder of a comparison, in the order of their names."""
+    from ..checkpoint import RECIPE, RunFolder
+    from . import folders
+
+    folders.existing(str(path))
+    if not (path / RECIPE).exists():
+        inside = sorted(child for child in path.iterdir() if child.is_dir() and (child / RECIPE).exists())
+        if inside:
+            return [RunFolder(child) for child in inside]
+    run = RunFolder(path)
+    _ = run.recipe  # refuses what is no run
+    return [run]
+
+
+def _labels(paths: Sequence[Path]) -> list[str]:
+    """Names for the runs: that of the folder, or the whole path where two are alike."""
+    names = [path.resolve().name for path in paths]
+    alike = len(set(names)) < len(names)
+    labels = [str(path) for path in paths] if alike else names
+    if len(set(labels)) < len(labels):
+        labels = [f"{number}: {label}" for number, label in enumerate(labels, start=1)]
+    return labels
+
+
+def _require_timeline(runs: Sequence[RunFolder], histories: Sequence[History]) -> None:
+    from ..training import BadInput
+
+    for run, history in zip(runs, histories, strict=True):
+        if not any("timeline" in row for row in history.rows):
+            raise BadInput(
+                f"{run.path} has no timeline: its ranks did not record what they did when; leave out --timeline"
+            )
+    raise BadInput("this version of piecework does not draw timelines; leave out --timeline")
+
+
+def _print(labels: Sequence[str], histories: Sequence[History]) -> None:
+    from .tables import clean, console, duration, figure, number, score_word, table
+
+    summaries = [history.summary() for history in histories]
+    words = {score_word(summary.get("score_name")) for summary in summaries}
+    score = words.pop() if len(words) == 1 else "score"
+    headings = ["run", "method", "data", "ended by", f"train {score}", "validation", f"test {score}", "test loss"]
+    headings += ["steps", "seconds", "parameters"]
+    rows = [
+        (
+            label,
+            clean(summary.get("method"), 30),
+            clean(summary.get("data"), 40),
+            clean(summary.get("stopped_by") or "not ended", 20),
+            *(figure(summary.get(part), "score") for part in ("train", "validation", "test")),
+            figure(summary.get("test"), "loss", ".4g"),
+            number(summary.get("steps"), ",d"),
+            duration(summary.get("seconds")),
+            number(summary.get("parameters"), ",d"),
+        )
+        for label, summary in zip(labels, summaries, strict=True)
+    ]
+    console().print(table(headings, rows, left=4))
+
+
+def _recipe_line(run: RunFolder) -> None:
+    from .tables import clean
+
+    recipe = run.recipe
+    told = recipe.get("settings")
+    settings = told if isinstance(told, dict) else {}
+    said = ", ".join(f"{key}={value}" for key, value in settings.items())
+    print(f"settings {clean(said, 300)}" if said else "no settings")
+    if recipe.get("command"):
+        print(f"command  {clean(recipe['command'], 300)}")
+
+
+def draw(
+    histories: Mapping[str, Any],
+    path: Path,
+    *,
+    floors: Mapping[str, float] | None = None,
+    title: str = "",
+    say: bool = True,
+) -> None:
+    """Draw the runs into a PNG file and say where it is. What has that name is replaced, a link too, not followed."""
+    from .. import storage
+    from ..history import figure
+
+    part = _part(histories)
+    if part is None:
+        print("no figure: no run has a row yet")
+        return
+    drawn = {_harmless(label): history for label, history in histories.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        picture = os.path.join(folder, "figure.png")
+        figure(drawn, picture, floors=floors, title=_harmless(title), part=part)
+        storage.replace_bytes(path, Path(picture).read_bytes())
+    if say:
+        print(f"figure   {path}")
+
+
+def _part(histories: Mapping[str, Any]) -> str | None:
+    """The part that all runs have scores of: test if possible."""
+    runs = [run for some in histories.values() for run in (some if isinstance(some, list) else [some])]
+    scored = [run for run in runs if run.rows]
+    for part in ("test", "validation", "train"):
+        if scored and all(any(_score(row, part) is not None for row in run.rows) for run in scored):
+            return part
+    return None
+
+
+def _score(row: Mapping[str, Any], part: str) -> Any:
+    return (row.get(part) or {}).get("score")
+
+
+def _harmless(label: str) -> str:
+    """A label without matplotlib's special signs: it would read formulas, and leave out what begins with _."""
+    from .tables import clean
+
+    return clean(label, 80).replace("$", r"\$").lstrip("_") or "run"

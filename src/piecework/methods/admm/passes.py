@@ -1,0 +1,152 @@
+"""The three passes over the data of a sweep, each summed over the ranks in one packed message."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ...group import Group
+from ...training import Batch
+from .tiles import GramSum, Tiles
+
+if TYPE_CHECKING:
+    from .output import OutputLoss
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Sums for the least-squares refit of the output layer at given hidden weights."""
+
+    gram: Tensor
+    """(d + 1, d + 1) of the output layer's inputs."""
+    cross: Tensor
+    """(d_L, d + 1) of targets with inputs."""
+    square: float
+    """Sum of squared targets."""
+
+
+@dataclass(frozen=True)
+class Directions:
+    """Sums of one forward pass with backward targets."""
+
+    loss: float
+    """Total loss of the deployed network."""
+    crosses: list[Tensor]
+    """(d_l, d_{l-1} + 1) of displacements with inputs, a layer each; for the output layer of minus the loss's gradient."""
+    grams: list[Tensor | None]
+    """(d_{l-1} + 1, d_{l-1} + 1) of the inputs, a layer each; None where it was not asked for."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """The loss along the directions, to second order at the outputs and first order in the network."""
+
+    slope: Tensor
+    """(m,) minus the derivative of the total loss."""
+    curvature: Tensor
+    """(m, m)."""
+    inputs: Tensor
+    """(m, d_L, d + 1) cross products of the tangents with the output layer's inputs."""
+
+
+def sum_packed(group: Group, grams: list[Tensor], others: list[Tensor]) -> None:
+    """Sum over the ranks in place, in one message: of a Gram matrix its lower triangle, (d + 1) d / 2 numbers.
+
+    The Gram matrices come as lower triangles and leave whole and symmetric."""
+    corners = [torch.tril_indices(len(g), len(g), device=g.device) for g in grams]
+    if group.size > 1:
+        parts = [g[i[0], i[1]] for g, i in zip(grams, corners, strict=True)] + [o.flatten() for o in others]
+        flat = torch.cat(parts)
+        group.sum_(flat)
+        pieces = list(flat.split([len(p) for p in parts]))
+        for g, i, piece in zip(grams, corners, pieces, strict=False):
+            g[i[0], i[1]] = piece
+        for o, piece in zip(others, pieces[len(grams) :], strict=True):
+            o.copy_(piece.view_as(o))
+    for g in grams:
+        g.copy_(torch.tril(g) + torch.tril(g, -1).t())
+
+
+def fit_output(tiles: Tiles, batch: Batch, weights: list[Tensor], loss: OutputLoss, group: Group) -> Fit:
+    """One pass: forward through the hidden layers, Gram and cross product of the output layer."""
+    last = len(weights) - 1
+    gram = GramSum(tiles.a[last].shape[1], dtype=tiles.dtype, device=tiles.device)
+    cross = torch.zeros(tiles.widths[-1], tiles.a[last].shape[1], dtype=torch.float64, device=tiles.device)
+    square = torch.zeros(1, dtype=torch.float64, device=tiles.device)
+    for x, y, _ in tiles.of(batch):
+        tiles.hidden(x, weights)
+        a = tiles.a[last][: len(x)]
+        targets = loss.targets(y)
+        gram.add(a)
+        cross += targets.t() @ a
+        square += targets.double().square().sum()
+    sum_packed(group, [gram.total], [cross, square])
+    return Fit(gram.total, cross, float(square))
+
+
+def directions(
+    tiles: Tiles, batch: Batch, weights: list[Tensor], loss: OutputLoss, group: Group, *, gains: list[Tensor], skip: set[int]
+) -> Directions:
+    """One pass: forward, targets backward; cross products of all layers and Grams of those not in `skip`."""
+    size = [a.shape[1] for a in tiles.a]
+    grams = {
+        l: GramSum(size[l], dtype=tiles.dtype, device=tiles.device) for l in range(len(weights)) if l not in skip
+    }
+    crosses = [torch.zeros(len(w), s, dtype=torch.float64, device=tiles.device) for w, s in zip(weights, size, strict=True)]
+    total = torch.zeros(1, dtype=torch.float64, device=tiles.device)
+    for spread in tiles.spread.values():
+        spread.zero_()
+    for x, y, rows in tiles.of(batch):
+        n = len(x)
+        m = tiles.forward(x, weights)
+        total += loss.total(m, y)
+        crosses[-1] += loss.fall(m, y).t() @ tiles.a[-1][:n]
+        for l, e in tiles.displacements(loss.displacement(m, y, rows), gains):
+            crosses[l] += e.t() @ tiles.a[l][:n]
+        for l, gram in grams.items():
+            gram.add(tiles.a[l][:n])
+    found = [grams[l].total if l in grams else None for l in range(len(weights))]
+    sum_packed(group, [g for g in found if g is not None], [*crosses, total, *tiles.spread.values()])
+    return Directions(float(total), crosses, found)
+
+
+def line(
+    tiles: Tiles,
+    batch: Batch,
+    weights: list[Tensor],
+    loss: OutputLoss,
+    group: Group,
+    *,
+    moves: list[tuple[int, Tensor]],
+) -> Line:
+    """One pass: tangents of the outputs along each move, and what the closed-form step needs of them."""
+    m, inputs = len(moves), tiles.a[-1].shape[1]
+    zeros = {"dtype": torch.float64, "device": tiles.device}
+    slope, curvature = torch.zeros(m, **zeros), torch.zeros(m, m, **zeros)
+    crosses = torch.zeros(m, tiles.widths[-1], inputs, **zeros)
+    for x, y, _ in tiles.of(batch):
+        n = len(x)
+        z = tiles.forward(x, weights)
+        tangents = tiles.tangents(moves, weights, n)
+        fall = loss.fall(z, y)
+        flat = torch.stack(tangents).flatten(1)
+        bent = torch.stack([loss.curve(z, y, t) for t in tangents]).flatten(1)
+        slope += flat.double() @ fall.flatten().double()
+        curvature += flat.double() @ bent.double().t()
+        a = tiles.a[-1][:n]
+        for i, t in enumerate(tangents):
+            crosses[i] += t.t() @ a
+    sum_packed(group, [], [slope, curvature, crosses])
+    return Line(slope, curvature, crosses)
+
+
+def total_loss(tiles: Tiles, batch: Batch, weights: list[Tensor], loss: OutputLoss, group: Group) -> float:
+    """One pass: the total loss of the deployed network."""
+    total = torch.zeros(1, dtype=torch.float64, device=tiles.device)
+    for x, y, _ in tiles.of(batch):
+        total += loss.total(tiles.forward(x, weights), y)
+    sum_packed(group, [], [total])
+    return float(total)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import load, save
+from .deploy import load, save
 from .fit import fit
 from .group import Group, Ranks, Solo
 from .history import History

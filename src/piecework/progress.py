@@ -116,9 +116,9 @@ def figures(row: Row, steps: int | None = None, *, brief: bool = False) -> str:
     """A row in one line: the training loss, and the scores of the parts that there are; brief: without training."""
     score = {part: row[part]["score"] for part in ("train", "validation", "test") if row.get(part)}
     said = [f"step {row['step']:,}" + (f"/{steps:,}" if steps else ""), f"{row['seconds']:.1f} s"]
-    if not brief or len(score) == 1:
+    if not brief or len(score) == 1 or row["train"]["loss"] is None:
         said.append(f"loss {_number(row['train']['loss'], '.4g')}")
-    elif row["train"]["loss"] is not None:
+    else:
         del score["train"]
     said += [f"{part} {_number(value, '.4f')}" for part, value in score.items()]
     return "  ".join(said)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .losses import Loss
 
 Metrics = dict[str, Tensor]
-"""What a step reports: detached 0-d tensors by name. `loss` is the user's mean loss on the batch, where this rank has it."""
+"""What a step reports: detached 0-d tensors by name. `loss` is the user's mean loss on the batch, where it is known."""
 
 Task = Literal["binary", "multiclass", "regression"]
 
@@ -112,6 +112,6 @@ class DidNotSolve(RuntimeError):
 
 
 def stream(seed: int, *key: int) -> torch.Generator:
-    """A CPU generator of its own for (seed, key...), for example (seed, rank, block, step); far from every other key's."""
+    """A CPU generator of its own for (seed, key...), for example (seed, rank, block, step)."""
     digest = hashlib.blake2b(",".join(map(str, (seed, *key))).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -63,12 +63,15 @@ class Plan:
         return dataclasses.replace(found, name=self.called) if self.called else found
 
     def loss(self, data: Dataset) -> Loss:
-        """The loss asked for, else the method's own choice for the task, else the task's."""
-        if self.network.loss != "auto":
-            _require_fitting(self.network.loss, data)
-            return losses.named(self.network.loss)
+        """The loss asked for, else the method's own choice for the task, else the task's. Raises CannotTrain for one
+        that does not fit the task."""
         own: Mapping[str, str] = getattr(type(self.method), "auto_loss", {})
-        return losses.named(own[data.task]) if data.task in own else losses.auto(data.task)
+        if self.network.loss != "auto":
+            loss = losses.named(self.network.loss)
+        else:
+            loss = losses.named(own[data.task]) if data.task in own else losses.auto(data.task)
+        loss.check(data.task, data.num_outputs)
+        return loss
 
     def limits(self, batches: str) -> dict[str, Any]:
         """The limits of `fit`, by name, with one that ends the run."""
@@ -207,18 +210,6 @@ class Record:
         if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
             raise self._wrong(key)
         return value
-
-
-def _require_fitting(loss: str, data: Dataset) -> None:
-    """Refuse a loss that means nothing for the task."""
-    fitting = {
-        "binary": ("logistic", "hinge", "squared"),
-        "multiclass": ("softmax", "hinge", "squared"),
-        "regression": ("squared",),
-    }[data.task]
-    if loss not in fitting:
-        kind = {"binary": "two classes", "multiclass": f"{len(data.classes)} classes", "regression": "real targets"}
-        raise BadInput(f"--loss {loss} is not for {kind[data.task]}; give {' or '.join(fitting)}")
 
 
 def settings(method: Method) -> dict[str, Any]:

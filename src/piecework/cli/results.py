@@ -133,7 +133,7 @@ def _row(label: str, runs: Sequence[dict[str, Any]], parts: Sequence[str], goal:
     row += [duration(statistics.median(one["seconds"] for one in runs))]
     if goal is not None:
         row.append(_seconds_to(goal, runs))
-    passes = [found for one in runs if (found := passes_a_step(one["history"].rows[-1])) is not None]
+    passes = [found for one in runs if (found := passes_a_step(one["history"].rows)) is not None]
     return [*row, number(statistics.median(passes), ".1f") if passes else ""]
 
 

@@ -121,7 +121,7 @@ def prepare(plan: Plan, data: Dataset, group: Group, *, mixed: bool = False) -> 
     prepared = Prepared(plan, data, loss, training, group)
     if training.batches == "full" and plan.training.batch_size is not None and not mixed:
         raise BadInput(f"{plan.name} takes all rows in each step, so --batch-size means nothing to it; leave it out")
-    if (plan.training.batch_size or 1) < 1:
+    if plan.training.batch_size is not None and plan.training.batch_size < 1:
         raise BadInput(f"--batch-size must be at least 1 row, got {plan.training.batch_size}")
     try:
         checked_limits(data, **prepared.limits, steps_per_epoch=1, full=training.batches == "full", part=1.0)

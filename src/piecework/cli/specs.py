@@ -52,9 +52,7 @@ def _entry(word: str) -> Entry:
         if option not in known or not tied:
             ways = f"{name} has no setting '{key}'" if tied else f"'{piece}' is no setting: write {name}:setting=value"
             plain = [one.removeprefix("--") for one in known]
-            raise BadInput(
-                f"--methods: {ways}{near(key, plain, otherwise=_all(known))}"
-            )
+            raise BadInput(f"--methods: {ways}{near(key, plain, otherwise=_all(known))}")
         if option in given:
             raise BadInput(f"--methods: {word} gives {key} twice")
         given[option] = [value]

@@ -228,9 +228,8 @@ def report(history: History, folder: Path) -> None:
     rows = [(part, figure(found, "loss", ".4g"), figure(found, "score")) for part, found in shown]
     to = console()
     to.print(table(["", f"{summary.get('loss') or ''} loss".strip(), score_word(summary["score_name"])], rows))
-    last = history.rows[-1] if history.rows else {}
     cost = f"{summary['steps']:,} steps in {duration(summary['seconds'])} s: {stop(summary['stopped_by'])}"
-    if (passes := passes_a_step(last)) is not None:
+    if (passes := passes_a_step(history.rows)) is not None:
         cost += f"; {number(passes, '.1f')} passes over the data a step"
     if summary["ranks"] and summary["ranks"] > 1:
         cost += (
@@ -242,8 +241,12 @@ def report(history: History, folder: Path) -> None:
     print(f"run      {folder}")
 
 
-def passes_a_step(row: Any) -> float | None:
-    """Passes over the training rows a step, on average, for the methods that count them."""
-    total = next((row[key] for key in ("passes", "evaluations") if isinstance(row.get(key), int | float)), None)
-    steps = row.get("step")
-    return total / steps if total is not None and steps else None
+def passes_a_step(rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """Passes over the training rows a step, on average, for the methods that count them: ADMM those of each step, the
+    optimisers those so far."""
+    told = [row["passes"] for row in rows if isinstance(row.get("passes"), int | float)]
+    if told:
+        return float(sum(told) / len(told))
+    last = rows[-1] if rows else {}
+    steps, total = last.get("step"), last.get("evaluations")
+    return total / steps if isinstance(total, int | float) and steps else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -45,7 +46,7 @@ def mlp(
     gain = 2.0 if activation in ("relu", "leaky-relu") else 1.0
     generator = torch.Generator().manual_seed(seed)
     layers: list[nn.Module] = []
-    for fan_in, fan_out in zip(widths, widths[1:], strict=False):
+    for fan_in, fan_out in pairwise(widths):
         linear = nn.utils.skip_init(nn.Linear, fan_in, fan_out, dtype=dtype)
         std = math.sqrt(gain / fan_in)
         with torch.no_grad():

@@ -18,7 +18,8 @@ class Standardise(nn.Module):
     def __init__(self, mean: Tensor, scale: Tensor) -> None:
         super().__init__()
         if mean.shape != scale.shape or mean.dim() != 1:
-            raise ValueError(f"mean and scale must be vectors of one length, got {tuple(mean.shape)}, {tuple(scale.shape)}")
+            shapes = f"{tuple(mean.shape)} and {tuple(scale.shape)}"
+            raise ValueError(f"mean and scale must be vectors of one length, got {shapes}")
         if not bool((scale > 0).all()):
             raise ValueError("every scale must be positive; constant features take scale 1")
         self.register_buffer("mean", mean.clone())

@@ -48,8 +48,8 @@ def _rank_report(gram: Tensor, extra: float) -> str:
     values = torch.linalg.eigvalsh(gram)
     rank = int((values > values[-1] * len(gram) * torch.finfo(gram.dtype).eps).sum())
     return (
-        f"the Gram matrix has numerical rank {rank} of {len(gram)}: a ridge of {extra:g} of its mean diagonal was added; "
-        "a larger ridge setting, or fewer equal or constant features, avoids this"
+        f"the Gram matrix has numerical rank {rank} of {len(gram)}: a ridge of {extra:g} of its mean diagonal was "
+        "added; a larger ridge setting, or fewer equal or constant features, avoids this"
     )
 
 

@@ -12,8 +12,9 @@ from ...solvers.prox import Activation, activation_of
 from ...training import CannotTrain
 
 WAY_OUT = (
-    "ADMM trains nn.Sequential chains of nn.Linear and element-wise activations (ReLU, LeakyReLU, Hardtanh, HardSigmoid, "
-    "Tanh, Sigmoid, Sign, Identity); use sgd, adam or lbfgs for this model, or move the layer out of the network"
+    "ADMM trains nn.Sequential chains of nn.Linear and element-wise activations (ReLU, LeakyReLU, Hardtanh, "
+    "HardSigmoid, Tanh, Sigmoid, Sign, Identity); use sgd, adam or lbfgs for this model, or move the layer out of the "
+    "network"
 )
 PREPARING = (nn.Flatten, nn.Identity)
 
@@ -34,8 +35,7 @@ class Network:
     def weights(self) -> list[Tensor]:
         """[W, b] of each layer, (d_l, d_{l-1} + 1) copies; (d_l, d_{l-1}) where there is no bias."""
         return [
-            torch.cat([m.weight, m.bias[:, None]], 1) if m.bias is not None else m.weight.clone()
-            for m in self.linears
+            torch.cat([m.weight, m.bias[:, None]], 1) if m.bias is not None else m.weight.clone() for m in self.linears
         ]
 
     @torch.no_grad()
@@ -99,12 +99,14 @@ def _check_linear(name: str, module: nn.Linear, before: list[nn.Linear]) -> None
     if type(module) is not nn.Linear:
         raise CannotTrain(f"layer {name!r} is a {type(module).__name__}, not a plain nn.Linear; {WAY_OUT}")
     if any(module.weight is other.weight for other in before):
-        raise CannotTrain(f"layer {name!r} shares its weight with another layer; ADMM solves for each layer alone: untie them")
+        raise CannotTrain(
+            f"layer {name!r} shares its weight with another layer; ADMM solves for each layer alone: untie them"
+        )
     if not all(p.requires_grad for p in module.parameters()):
         raise CannotTrain(f"layer {name!r} is frozen; ADMM moves every layer: thaw it with requires_grad_(True)")
     if module.weight.dtype not in (torch.float32, torch.float64):
         raise CannotTrain(f"layer {name!r} is {module.weight.dtype}; ADMM works in float32 or float64: model.float()")
     if before and module.in_features != before[-1].out_features:
         raise CannotTrain(
-            f"layer {name!r} takes {module.in_features} features, but the layer before it gives {before[-1].out_features}"
+            f"layer {name!r} takes {module.in_features} features, but the one before it gives {before[-1].out_features}"
         )

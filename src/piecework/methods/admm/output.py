@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...losses import Hinge, Loss, Squared
+from ...losses import Loss, Squared
 
 
 class OutputLoss:
-    """A loss l(z, y), summed over samples, and the closed-form targets t = argmin_z l(z, y) + <z, dual> + beta |z - m|^2.
+    """A loss l(z, y), summed over samples, and its closed-form targets t = argmin l(z, y) + <z, dual> + beta |z - m|^2.
 
     A loss without curvature (the hinge) is replaced in the step length, never in an acceptance or a report, by its
     Moreau envelope at beta, whose gradient is 2 beta (m - t) and whose curvature is at most 2 beta."""
@@ -53,7 +53,3 @@ class OutputLoss:
     def keep_dual(self, rows: int, device: torch.device) -> None:
         """Start the multiplier at zero for this rank's rows."""
         self.dual = torch.zeros(rows, self._num_outputs, dtype=self._dtype, device=device)
-
-    @property
-    def bounded_below(self) -> bool:
-        return not isinstance(self.loss, Hinge)

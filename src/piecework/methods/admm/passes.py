@@ -35,7 +35,7 @@ class Directions:
     loss: float
     """Total loss of the deployed network."""
     crosses: list[Tensor]
-    """(d_l, d_{l-1} + 1) of displacements with inputs, a layer each; for the output layer of minus the loss's gradient."""
+    """(d_l, d_{l-1} + 1) of displacements with inputs; for the output layer, of minus the loss's gradient with them."""
     grams: list[Tensor | None]
     """(d_{l-1} + 1, d_{l-1} + 1) of the inputs, a layer each; None where it was not asked for."""
 
@@ -61,7 +61,7 @@ def sum_packed(group: Group, grams: list[Tensor], others: list[Tensor]) -> None:
         parts = [g[i[0], i[1]] for g, i in zip(grams, corners, strict=True)] + [o.flatten() for o in others]
         flat = torch.cat(parts)
         group.sum_(flat)
-        pieces = list(flat.split([len(p) for p in parts]))
+        pieces = torch.split(flat, [len(p) for p in parts])
         for g, i, piece in zip(grams, corners, pieces, strict=False):
             g[i[0], i[1]] = piece
         for o, piece in zip(others, pieces[len(grams) :], strict=True):
@@ -74,8 +74,8 @@ def fit_output(tiles: Tiles, batch: Batch, weights: list[Tensor], loss: OutputLo
     """One pass: forward through the hidden layers, Gram and cross product of the output layer."""
     last = len(weights) - 1
     gram = GramSum(tiles.a[last].shape[1], dtype=tiles.dtype, device=tiles.device)
-    cross = torch.zeros(tiles.widths[-1], tiles.a[last].shape[1], dtype=torch.float64, device=tiles.device)
-    square = torch.zeros(1, dtype=torch.float64, device=tiles.device)
+    cross = tiles.zeros(tiles.widths[-1], tiles.a[last].shape[1])
+    square = tiles.zeros(1)
     for x, y, _ in tiles.of(batch):
         tiles.hidden(x, weights)
         a = tiles.a[last][: len(x)]
@@ -88,15 +88,22 @@ def fit_output(tiles: Tiles, batch: Batch, weights: list[Tensor], loss: OutputLo
 
 
 def directions(
-    tiles: Tiles, batch: Batch, weights: list[Tensor], loss: OutputLoss, group: Group, *, gains: list[Tensor], skip: set[int]
+    tiles: Tiles,
+    batch: Batch,
+    weights: list[Tensor],
+    loss: OutputLoss,
+    group: Group,
+    *,
+    gains: list[Tensor],
+    skip: set[int],
 ) -> Directions:
     """One pass: forward, targets backward; cross products of all layers and Grams of those not in `skip`."""
     size = [a.shape[1] for a in tiles.a]
-    grams = {
-        l: GramSum(size[l], dtype=tiles.dtype, device=tiles.device) for l in range(len(weights)) if l not in skip
-    }
-    crosses = [torch.zeros(len(w), s, dtype=torch.float64, device=tiles.device) for w, s in zip(weights, size, strict=True)]
-    total = torch.zeros(1, dtype=torch.float64, device=tiles.device)
+    grams = {l: GramSum(size[l], dtype=tiles.dtype, device=tiles.device) for l in range(len(weights)) if l not in skip}
+    crosses = [
+        torch.zeros(len(w), s, dtype=torch.float64, device=tiles.device) for w, s in zip(weights, size, strict=True)
+    ]
+    total = tiles.zeros(1)
     for spread in tiles.spread.values():
         spread.zero_()
     for x, y, rows in tiles.of(batch):
@@ -124,9 +131,8 @@ def line(
 ) -> Line:
     """One pass: tangents of the outputs along each move, and what the closed-form step needs of them."""
     m, inputs = len(moves), tiles.a[-1].shape[1]
-    zeros = {"dtype": torch.float64, "device": tiles.device}
-    slope, curvature = torch.zeros(m, **zeros), torch.zeros(m, m, **zeros)
-    crosses = torch.zeros(m, tiles.widths[-1], inputs, **zeros)
+    slope, curvature = tiles.zeros(m), tiles.zeros(m, m)
+    crosses = tiles.zeros(m, tiles.widths[-1], inputs)
     for x, y, _ in tiles.of(batch):
         n = len(x)
         z = tiles.forward(x, weights)
@@ -145,7 +151,7 @@ def line(
 
 def total_loss(tiles: Tiles, batch: Batch, weights: list[Tensor], loss: OutputLoss, group: Group) -> float:
     """One pass: the total loss of the deployed network."""
-    total = torch.zeros(1, dtype=torch.float64, device=tiles.device)
+    total = tiles.zeros(1)
     for x, y, _ in tiles.of(batch):
         total += loss.total(tiles.forward(x, weights), y)
     sum_packed(group, [], [total])

@@ -47,13 +47,13 @@ class Resynchronised:
         for w in self._weights:
             group.broadcast_(w, 0)
         self._network.assign(self._weights)
-        self._tiles = Tiles(self._network, gamma=method.gamma or 1.0, beta=method.beta, flips=method.flips, rows=method.tile)
+        self._tiles = Tiles(
+            self._network, gamma=method.gamma or 1.0, beta=method.beta, flips=method.flips, rows=method.tile
+        )
         self._output = OutputLoss(loss, self._network.widths[-1], method.beta, self._weights[0].dtype)
         self._blind = self._blind_layers()
         self._momentum: list[Tensor | None] = [None] * len(self._weights)
-        self._search = SEARCH
-        self._jump=JUMP
-        self._scaled=False
+        self._search, self._jump, self._scaled = 1.0, JUMP, False
         self._total: float | None = None
         self._rows = 0
         self._gram: Tensor | None = None
@@ -109,7 +109,7 @@ class Resynchronised:
         device = self._tiles.device
         self._total, self._rows, self._search = state["total"], state["rows"], state["search"]
         self._jump, self._scaled = state["jump"], state["scaled"]
-        self._tiles.relax.update({l: factor for l, factor in state["relax"]})
+        self._tiles.relax.update(dict(state["relax"]))
         self._gram = state["gram"].to(device) if state["gram"].numel() else None
         self._momentum = [p.to(device).clone() if p.numel() else None for p in state["momentum"]]
         self._output.dual = state["dual"].to(device).clone() if state["dual"].numel() else None
@@ -184,7 +184,8 @@ class Resynchronised:
         if self._input_gram is None and found.grams[0] is not None and last > 0:
             self._input_gram = found.grams[0]
         layers = [l for l in range(last + 1) if (only is None or l == only) and not (l == last and self._output.exact)]
-        moves, searched = [], []
+        moves: list[tuple[int, Tensor]] = []
+        searched: list[tuple[int, Tensor]] = []
         for l in layers:
             gram = self._input_gram if l == 0 and last > 0 else found.grams[l]
             assert gram is not None
@@ -201,13 +202,17 @@ class Resynchronised:
         one. A first pass measures it, then every pass serves the next."""
         if gains and self._tiles.spread and not self._scaled:
             passes.directions(
-                self._tiles, batch, self._weights, self._output, self.group, gains=gains, skip=set(range(len(gains) + 1))
+                self._tiles,
+                batch,
+                self._weights,
+                self._output,
+                self.group,
+                gains=gains,
+                skip=set(range(len(gains) + 1)),
             )
             self._passes += 1
             self._rescale()
-        found = passes.directions(
-            self._tiles, batch, self._weights, self._output, self.group, gains=gains, skip=skip
-        )
+        found = passes.directions(self._tiles, batch, self._weights, self._output, self.group, gains=gains, skip=skip)
         self._passes += 1
         if gains:
             self._rescale()
@@ -258,11 +263,11 @@ class Resynchronised:
         weights = [w + applied[l] if l in applied else w for l, w in enumerate(self._weights)]
         self._trials += 1
         assert self._total is not None
+        gram = self._gram
         if self._output.exact:
-            total, gram, output = self._refit(batch, weights)
-            weights[-1] = output
+            total, gram, weights[-1] = self._refit(batch, weights)
         else:
-            total, gram = self._loss(batch, weights), self._gram
+            total = self._loss(batch, weights)
         if not total < self._total:
             return False
         for l, move in applied.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from ...training import Batch
 from .network import Network
 
 TILE_NUMBERS = 320_000
-"""Numbers in the widest matrix of a tile: 1024 rows of 300 units. Larger tiles leave the cache, smaller ones cost calls."""
+"""Numbers in the widest matrix of a tile: 1024 rows of 300 units. Larger tiles leave the cache, smaller cost calls."""
 
 
 class Tiles:
@@ -29,7 +30,9 @@ class Tiles:
         self.widths = network.widths
         widest = max(self.widths)
         self.rows = rows or min(8192, max(128, TILE_NUMBERS // widest // 64 * 64))
-        self.a = [self._ones(d, linear.bias is not None) for d, linear in zip(self.widths, network.linears, strict=False)]
+        self.a = [
+            self._ones(d, linear.bias is not None) for d, linear in zip(self.widths, network.linears, strict=False)
+        ]
         self.z = [self._empty(d) for d in self.widths[1:]]
         jumps = [l for l, activation in enumerate(network.activations) if activation.piecewise_constant]
         self.relax = dict.fromkeys(jumps, 1.0)
@@ -46,6 +49,10 @@ class Tiles:
 
     def _ones(self, width: int, bias: bool) -> Tensor:
         return torch.ones(self.rows, width + bias, dtype=self.dtype, device=self.device)
+
+    def zeros(self, *shape: int) -> Tensor:
+        """A float64 accumulator beside the weights."""
+        return torch.zeros(*shape, dtype=torch.float64, device=self.device)
 
     def of(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor, slice]]:
         """Tiles of the batch in order, on the device of the weights: features, targets, rows."""
@@ -154,7 +161,7 @@ class GramSum:
     def __init__(self, size: int, *, dtype: torch.dtype, device: torch.device) -> None:
         blocks = self.BLOCKS if size >= self.WORTH_BLOCKS else 1
         edges = [size * i // blocks for i in range(blocks + 1)]
-        self._spans = list(zip(edges, edges[1:], strict=False))
+        self._spans = list(pairwise(edges))
         self._products = [torch.empty(hi - lo, hi, dtype=dtype, device=device) for lo, hi in self._spans]
         self.total = torch.zeros(size, size, dtype=torch.float64, device=device)
 

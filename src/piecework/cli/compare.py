@@ -35,20 +35,21 @@ PICTURE, TABLE = "compare.png", "compare.json"
 
 @dataclass
 class Outcome:
-    """A finished run of a comparison. best: the settings that were chosen for it; failed: why it has no figures."""
+    """A finished run of a comparison. figures: its summary; best: the settings that were chosen for it, of those that
+    were tried; failed: why it has no figures."""
 
     entry: Entry
     seed: int
     folder: Path
     history: History | None
+    figures: dict[str, Any] = field(default_factory=dict)
     best: dict[str, list[str]] = field(default_factory=dict)
     tried: list[dict[str, Any]] = field(default_factory=list)
     failed: str = ""
 
     def summary(self, root: Path) -> dict[str, Any]:
         """The summary of its run, and what the comparison adds."""
-        assert self.history is not None
-        summary = self.history.summary()
+        summary = dict(self.figures)
         if self.tried:
             summary["tuned"] = {option[2:]: ",".join(values) for option, values in self.best.items()}
             summary["tried"] = self.tried
@@ -66,8 +67,9 @@ def compare_command(argv: Sequence[str]) -> int:
         raise BadInput(f"'{words.standing[1]}' stands alone; the methods follow --methods: {COMPARE}")
     comparison = chosen.comparison
     found = specs.entries(comparison.methods or METHODS)
-    specs.trials(comparison.tune)
     notes = specs.require_known(found, comparison.tune)
+    for entry in found:
+        specs.candidates(entry, comparison.tune)  # values that do not fit are refused before any training
     if comparison.seeds < 1:
         raise BadInput(f"--seeds must be at least 1, got {comparison.seeds}")
     from . import folders
@@ -223,7 +225,7 @@ class _Comparison:
             words = specs.in_words(more)
             name = f"tuning/{short(f'{entry.label} {words}')}"
             outcome = self._train(one, seed, data, progress, name, f"{entry.label} tuning {words}")
-            found = outcome.history.summary()["validation"] if outcome.history else {"score": None, "loss": None}
+            found = outcome.figures.get("validation") or {"score": None, "loss": None}
             tried.append({"settings": words, "validation": found})
             if number == 0 or improves(found, figures):
                 best, figures = more, found
@@ -239,11 +241,12 @@ class _Comparison:
         path = self.root / name
         run, resume = folders.start(str(path), "", prepared.recipe(), overwrite=self.output.overwrite, group=self.group)
         limits = {key: prepared.limits[key] for key in ("steps", "epochs", "seconds")}
+        _forget_peak()
         try:
             history = train(prepared, run, resume=resume, on_row=progress.run(title, **limits))
         except DidNotSolve as error:
             return Outcome(entry, seed, path, None, failed=str(error))
-        return Outcome(entry, seed, path, history)
+        return Outcome(entry, seed, path, history, history.summary())
 
     def _floors(self, seed: int, data: Dataset) -> None:
         """Simple models on the rows of this seed; rows that are the same again are not fitted again."""
@@ -263,3 +266,13 @@ class _Comparison:
             refitted = floors.random_features(data, network.build(self.network, data, seed))
             added += [{**refitted.summary(data), "seed": seed, "fingerprint": print_of}] if refitted else []
         self.floors += added
+
+
+def _forget_peak() -> None:
+    """Let the process's high-water mark start again, where the system can (Linux): else a run would report that of the
+    runs before it."""
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+    except OSError:
+        return

@@ -137,14 +137,12 @@ def line(
         n = len(x)
         z = tiles.forward(x, weights)
         tangents = tiles.tangents(moves, weights, n)
-        fall = loss.fall(z, y)
-        flat = torch.stack(tangents).flatten(1)
-        bent = torch.stack([loss.curve(z, y, t) for t in tangents]).flatten(1)
-        slope += flat.double() @ fall.flatten().double()
-        curvature += flat.double() @ bent.double().t()
-        a = tiles.a[-1][:n]
-        for i, t in enumerate(tangents):
-            crosses[i] += t.t() @ a
+        crosses += (tangents.t() @ tiles.a[-1][:n]).view_as(crosses)
+        each = tangents.view(n, m, -1)
+        flat = each.transpose(0, 1).flatten(1).double()
+        bent = torch.stack([loss.curve(z, y, t) for t in each.unbind(1)]).flatten(1).double()
+        slope += flat @ loss.fall(z, y).flatten().double()
+        curvature += flat @ bent.t()
     sum_packed(group, [], [slope, curvature, crosses])
     return Line(slope, curvature, crosses)
 

@@ -166,8 +166,8 @@ class Resynchronised:
             self._search = 1.0
             self._jump *= CALM
             self._momentum = [None] * len(self._weights)
-        names = {l: s * scale for (l, _), s in zip(moves[: len(self._weights)], steps, strict=False)}
-        return names | {l: self._search for l, _ in searched}
+        lengths = {l: scale * s for (l, _), s in reversed(list(zip(moves, steps, strict=True)))}  # the new moves come first
+        return lengths | {l: self._search for l, _ in searched}
 
     def _moves(
         self, batch: Batch, only: int | None

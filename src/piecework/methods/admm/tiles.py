@@ -16,8 +16,12 @@ from torch import Tensor
 from ...training import Batch
 from .network import Network
 
-TILE_NUMBERS = 320_000
-"""Numbers in the widest matrix of a tile: 1024 rows of 300 units. Larger tiles leave the cache, smaller cost calls."""
+TILE_NUMBERS = 640_000
+"""Numbers in the widest matrix of a tile: 2048 rows of 300 units. Larger tiles leave the cache, smaller cost calls."""
+
+
+FAR = 1e15
+"""Times a positive activation: beyond anything that is compared with it."""
 
 
 class Tiles:
@@ -39,16 +43,16 @@ class Tiles:
         """Factor of a' - h(z) at activations that jump: what is smaller than a jump moves nothing there."""
         self.spread = {l: torch.zeros(1, dtype=torch.float64, device=self.device) for l in jumps}
         """Sum of squares of a' - h(z) there, before that factor; a pass over the data adds to it."""
-        self._e = [self._empty(d) for d in self.widths[1:-1]]
-        self._negative = [self._empty(d) for d in self.widths[1:-1]]
-        self._merit = [self._empty(d) for d in self.widths[1:-1]]
-        self._mask = [torch.empty(self.rows, d, dtype=torch.bool, device=self.device) for d in self.widths[1:-1]]
+        self._e, self._below, self._keep = ([self._empty(d) for d in self.widths[1:-1]] for _ in range(3))
+        self._t = [self._empty(d) for d in self.widths[1:]]
 
     def _empty(self, width: int) -> Tensor:
         return torch.empty(self.rows, width, dtype=self.dtype, device=self.device)
 
     def _ones(self, width: int, bias: bool) -> Tensor:
-        return torch.ones(self.rows, width + bias, dtype=self.dtype, device=self.device)
+        """(rows, width + bias) ones; rows begin at multiples of 16 numbers, which the matrix products like."""
+        stride = -(-(width + bias) // 16) * 16
+        return torch.ones(self.rows, stride, dtype=self.dtype, device=self.device)[:, : width + bias]
 
     def zeros(self, *shape: int) -> Tensor:
         """A float64 accumulator beside the weights."""
@@ -105,48 +109,43 @@ class Tiles:
         """z' - z for ReLU without forming z', so that nothing cancels; overwrites da.
 
         With c = gamma/(gamma + beta), r = sqrt(beta/(beta + gamma)): z > 0 gives max(c da, -z); z <= 0 gives
-        c (da - z) where the unit is flipped up, which is where (1 - r) da + r z >= 0, and 0 elsewhere."""
+        c (da - z) where the unit is flipped up, which is where (1 - r) da + r z > 0, and 0 elsewhere. Masks are
+        numbers whose sign is tested by `threshold_backward`: boolean tensors cost several times as much."""
         n = len(da)
         c, r = self.gamma / (self.gamma + self.beta), math.sqrt(self.beta / (self.beta + self.gamma))
         z, h = self.z[l][:n], self.a[l + 1][:n, : self.widths[l + 1]]
-        below, off = self._negative[l][:n], self._mask[l][:n]
-        if not self.flips:
-            torch.neg(h, out=below)
-            torch.le(z, 0, out=off)
-            return torch.maximum(da.mul_(c), below, out=da).masked_fill_(off, 0)
-        torch.sub(z, h, out=below)  # min(z, 0)
-        merit = torch.mul(da, (1 - r) / r, out=self._merit[l][:n])
-        merit.add_(below)  # the sign of (1 - r) da + r z where z <= 0
-        merit.masked_fill_(torch.gt(z, 0, out=off), 1)
-        torch.lt(merit, 0, out=off)
-        da.sub_(below).mul_(c)
-        return torch.maximum(da, torch.neg(h, out=merit), out=da).masked_fill_(off, 0)
+        below, keep = self._below[l][:n], self._keep[l][:n]
+        if self.flips:
+            torch.sub(z, h, out=below)  # min(z, 0)
+            torch.add(below, h, alpha=FAR, out=keep).add_(da, alpha=(1 - r) / r)
+            da.sub_(below)
+        else:
+            keep = z
+        torch.maximum(da.mul_(c), torch.neg(h, out=below), out=da)
+        return torch.ops.aten.threshold_backward.grad_input(da, keep, 0, grad_input=da)  # type: ignore[no-any-return]
 
-    def slopes(self, n: int) -> list[Tensor | None]:
-        """h'(z_l) of the hidden layers at the current tile of n rows; None where it is 1 everywhere."""
-        found: list[Tensor | None] = []
-        for l, activation in enumerate(self.network.activations):
-            if activation.name == "relu":
-                found.append(torch.gt(self.z[l][:n], 0, out=self._mask[l][:n]))
-            elif activation.name == "identity" or activation.derivative is None:
-                found.append(None)
-            else:
-                found.append(activation.derivative(self.z[l][:n]))
-        return found
-
-    def tangents(self, directions: list[tuple[int, Tensor]], weights: list[Tensor], n: int) -> list[Tensor]:
-        """d outputs / d s of weights[l] + s * direction, one (n, d_L) for each (l, direction), at the current tile."""
-        slopes = self.slopes(n)
+    def tangents(self, moves: list[tuple[int, Tensor]], weights: list[Tensor], n: int) -> Tensor:
+        """d outputs / d s of weights[l] + s * move, beside each other in (n, moves * d_L), at the current tile."""
         outputs = []
-        for l, direction in directions:
-            t = self.a[l][:n] @ direction.t()
+        for l, move in moves:
+            t = torch.mm(self.a[l][:n], move.t(), out=self._tangent(l, n))
             for above in range(l + 1, len(weights)):
-                slope = slopes[above - 1]
-                if slope is not None:
-                    t.mul_(slope)
-                t = t @ weights[above][:, : self.widths[above]].t()
-            outputs.append(t)
-        return outputs
+                t = self._bend(above - 1, t)
+                t = torch.mm(t, weights[above][:, : self.widths[above]].t(), out=self._tangent(above, n))
+            outputs.append(t.clone() if len(moves) > 1 else t)
+        return torch.cat(outputs, 1)
+
+    def _tangent(self, l: int, n: int) -> Tensor:
+        return self._t[l][:n]
+
+    def _bend(self, l: int, t: Tensor) -> Tensor:
+        """t times h'(z_l), in place."""
+        activation, z = self.network.activations[l], self.z[l][: len(t)]
+        if activation.name == "relu":
+            return torch.ops.aten.threshold_backward.grad_input(t, z, 0, grad_input=t)  # type: ignore[no-any-return]
+        if activation.derivative is None or activation.name == "identity":
+            return t
+        return t.mul_(activation.derivative(z))
 
 
 class GramSum:
@@ -155,12 +154,12 @@ class GramSum:
     A plain product would spend half its flops on the mirror image; `BLOCKS` column blocks spend (BLOCKS + 1) / 2 BLOCKS
     of them. Tiles are cast up before they are added."""
 
-    BLOCKS = 3
+    BLOCKS = 5
     WORTH_BLOCKS = 96
 
     def __init__(self, size: int, *, dtype: torch.dtype, device: torch.device) -> None:
         blocks = self.BLOCKS if size >= self.WORTH_BLOCKS else 1
-        edges = [size * i // blocks for i in range(blocks + 1)]
+        edges = [round(size * i / blocks / 16) * 16 for i in range(blocks)] + [size]
         self._spans = list(pairwise(edges))
         self._products = [torch.empty(hi - lo, hi, dtype=dtype, device=device) for lo, hi in self._spans]
         self.total = torch.zeros(size, size, dtype=torch.float64, device=device)

@@ -166,7 +166,8 @@ class Resynchronised:
             self._search = 1.0
             self._jump *= CALM
             self._momentum = [None] * len(self._weights)
-        lengths = {l: scale * s for (l, _), s in reversed(list(zip(moves, steps, strict=True)))}  # the new moves come first
+        taken = reversed(list(zip(moves, steps, strict=True)))  # the new moves stand first and win
+        lengths = {l: scale * s for (l, _), s in taken}
         return lengths | {l: self._search for l, _ in searched}
 
     def _moves(

@@ -28,6 +28,7 @@ CASES: dict[str, tuple[Callable[[], Method], int]] = {
     "plain-sgd-averaged": (partial(PlainSGD, lr=0.5, averaged=True), 12),
     "admm": (ADMM, 6),
     "admm-multiplier": (partial(ADMM, multiplier=True), 6),
+    "admm-taylor2016": (partial(ADMM, mode="taylor2016"), 20),
     "sgd": (SGD, 12),
     "adam": (partial(Adam, lr=0.03), 12),
     "lbfgs": (LBFGS, 6),

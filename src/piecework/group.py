@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import time
@@ -246,14 +247,29 @@ class Ranks:
         self.bytes_sent += num_bytes
         self.rounds += 1
 
-    def _run(self, verb: str, wire: torch.device, post: Callable[[], dist.Work]) -> None:
+    @property
+    def process_group(self) -> dist.ProcessGroup:
+        """The torch process group, for torch's own tools (DistributedDataParallel)."""
+        return self._pg
+
+    @contextmanager
+    def failures(self, verb: str) -> Iterator[None]:
+        """Messages that others send through the process group fail inside as this group's verbs do: `PeerLost`."""
         self._refuse_if_broken(verb)
         try:
+            yield
+        except RuntimeError as error:
+            self._fail(verb, error, None)
+
+    def leave(self) -> None:
+        """Let go of the process group, which is about to be destroyed; no verb may follow."""
+        del self._pg
+
+    def _run(self, verb: str, wire: torch.device, post: Callable[[], dist.Work]) -> None:
+        with self.failures(verb):
             # The operation carries its own timeout: a shorter one in `wait` would leave it running, and the process
             # could not end before the process group's timeout. The one here is for backends that ignore options.
             _finish(post(), wire, self.timeout + 1.0)
-        except RuntimeError as error:
-            self._fail(verb, error, None)
 
     def _refuse_if_broken(self, verb: str) -> None:
         if self._lost is not None:
@@ -349,7 +365,10 @@ def launched(
         _default = Ranks(timeout=timeout)
         yield _default
     finally:
+        if _default is not None:
+            _default.leave()
         _default = None
+        gc.collect()  # a process group that outlives its destruction aborts the interpreter on the way out
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -36,26 +34,20 @@ class DataParallel:
         known = inspect.signature(DistributedDataParallel).parameters
         buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         silent: dict[str, Any] = {name: False for name in (buffers, "init_sync") if name in known}
-        self._wrapped = DistributedDataParallel(model, process_group=group._pg, gradient_as_bucket_view=True, **silent)
+        self._wrapped = DistributedDataParallel(
+            model, process_group=group.process_group, gradient_as_bucket_view=True, **silent
+        )
         # A lambda, because torch compares a hook's annotations, if it has any, with the class itself.
         self._wrapped.register_comm_hook(group, lambda state, bucket: _average(state, bucket))
 
     def forward(self, x: Tensor) -> Tensor:
-        with self._failures():
+        with self._group.failures("the gradient average"):
             z: Tensor = self._wrapped(x)
         return z
 
     def backward(self, loss: Tensor) -> None:
-        with self._failures():
+        with self._group.failures("the gradient average"):
             loss.backward()  # type: ignore[no-untyped-call]
-
-    @contextmanager
-    def _failures(self) -> Iterator[None]:
-        self._group._refuse_if_broken("the gradient average")
-        try:
-            yield
-        except RuntimeError as error:
-            self._group._fail("the gradient average", error, None)
 
 
 def _average(group: Ranks, bucket: Bucket) -> torch.futures.Future[Tensor]:
@@ -65,7 +57,7 @@ def _average(group: Ranks, bucket: Bucket) -> torch.futures.Future[Tensor]:
     group.rounds += 1
     options = dist.AllreduceOptions()
     options.timeout = timedelta(seconds=group.timeout)
-    future: torch.futures.Future[Tensor] = group._pg.allreduce([buffer], options).get_future().then(_first)
+    future: torch.futures.Future[Tensor] = group.process_group.allreduce([buffer], options).get_future().then(_first)
     return future
 
 

@@ -38,7 +38,7 @@ def write(name: str, title: str, sections: Sequence[tuple[str, Sequence[str], Se
     lines = [
         f"# {title}",
         "",
-        f"- command: `python benchmarks/{Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}`".replace(" `", "`"),
+        f"- command: `{shlex.join(['python', f'benchmarks/{Path(sys.argv[0]).name}', *sys.argv[1:]])}`",
         f"- commit: {_output('git', 'rev-parse', '--short', 'HEAD')}{dirty}, {datetime.date.today()}",
         f"- machine: {processor()}, {os.cpu_count()} cores, {platform.system()}; torch {torch.__version__}, "
         f"{torch.get_num_threads()} threads",

@@ -46,16 +46,14 @@ def own_function(plan: Plan, given: str | None, path: Path) -> str | None:
     return given
 
 
-def folder(path: Path, group: Group) -> RunFolder:
-    """The run folder. Raises BadInput if it was made by another number of ranks."""
-    run = RunFolder(path)
+def require_ranks(run: RunFolder, group: Group) -> None:
+    """Raise BadInput if the run was made by another number of ranks."""
     recorded = run.recipe.get("ranks")
     if recorded != group.size:
         raise BadInput(
-            f"{path} was trained on {str(recorded)[:10]} rank(s) and cannot go on with {group.size}; start as many "
+            f"{run.path} was trained on {str(recorded)[:10]} rank(s) and cannot go on with {group.size}; start as many "
             "(torchrun --nproc-per-node ...)"
         )
-    return run
 
 
 def require_same(data: Dataset, recipe: Mapping[str, Any], path: Path) -> None:

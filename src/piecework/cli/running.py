@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -61,6 +62,10 @@ def ranks(options: TrainingOptions) -> Iterator[Group]:
         torch.set_num_threads(options.threads)
     with launched(_device(options.device)) as group:
         yield group
+        if group.size > 1:
+            # What still holds the process group (DistributedDataParallel, in cycles) must go before it is destroyed:
+            # left to the end of the interpreter, its threads can abort the process.
+            gc.collect()
 
 
 def _device(name: str) -> torch.device:

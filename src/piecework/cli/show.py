@@ -32,7 +32,7 @@ def show_command(argv: Sequence[str]) -> int:
     if not standing:
         raise BadInput(f"show takes at least one run folder: {SHOW}")
     runs = [run for name in standing for run in _runs(Path(name))]
-    histories = [run.history() for run in runs]
+    histories = [_history(run) for run in runs]
     if chosen.timeline:
         _require_timeline(runs, histories)
     labels = _labels([run.path for run in runs])
@@ -57,6 +57,22 @@ def _runs(path: Path) -> list[RunFolder]:
     run = RunFolder(path)
     _ = run.recipe  # refuses what is no run
     return [run]
+
+
+def _history(run: RunFolder) -> History:
+    """The rows of a run, with what its recipe says where it was killed before its first summary."""
+    from .. import evaluation
+
+    history, recipe = run.history(), run.recipe
+    found = recipe.get("data")
+    data = found if isinstance(found, dict) else {}
+    told = {"method": recipe.get("method"), "data": data.get("name"), "task": data.get("task")}
+    if told["task"] in ("binary", "multiclass", "regression"):
+        told["score_name"] = evaluation.score_name(told["task"])
+    for key, value in told.items():
+        if history.about.get(key) is None:
+            history.about[key] = value
+    return history
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:
@@ -91,8 +107,8 @@ def _print(labels: Sequence[str], histories: Sequence[History]) -> None:
     rows = [
         (
             label,
-            clean(summary.get("method"), 30),
-            clean(summary.get("data"), 40),
+            clean(summary.get("method") or "-", 30),
+            clean(summary.get("data") or "-", 40),
             clean(summary.get("stopped_by") or "not ended", 20),
             *(figure(summary.get(part), "score") for part in ("train", "validation", "test")),
             figure(summary.get("test"), "loss", ".4g"),

@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .options import ResumeOptions, RunOptions
+from .options import OutputOptions, ResumeOptions, RunOptions
 from .parse import near, options, parse, read, share_out
 
 if TYPE_CHECKING:
     from ..checkpoint import RunFolder
+    from ..group import Group
     from ..history import History
     from ..progress import Progress
     from .plan import Plan
@@ -109,20 +110,24 @@ def fit_command(argv: Sequence[str]) -> int:
     """`piecework fit`."""
     plan, chosen = plan_of(argv)
     from . import folders
-    from .running import load, prepare, ranks
+    from .running import ranks
 
-    output = chosen.output
-    folders.refuse_existing(output.out, overwrite=output.overwrite)
+    folders.refuse_existing(chosen.output.out, overwrite=chosen.output.overwrite)
     with ranks(plan.training) as group:
-        say = group.rank == 0 and not output.json
-        data = load(plan, group)
-        prepared = prepare(plan, data, group)
-        if say:
-            introduce(prepared)
-        stem = f"{folders.source(plan.source)}-{plan.name}"
-        run, resume = folders.start(output.out, stem, prepared.recipe(), overwrite=output.overwrite, group=group)
-        _train_and_report(prepared, run, resume=resume, as_json=output.json)
+        _fit(plan, chosen.output, group)
     return 0
+
+
+def _fit(plan: Plan, output: OutputOptions, group: Group) -> None:
+    from . import folders
+    from .running import load, prepare
+
+    prepared = prepare(plan, load(plan, group), group)
+    if group.rank == 0 and not output.json:
+        introduce(prepared)
+    stem = f"{folders.source(plan.source)}-{plan.name}"
+    run, resume = folders.start(output.out, stem, prepared.recipe(), overwrite=output.overwrite, group=group)
+    _train_and_report(prepared, run, resume=resume, as_json=output.json)
 
 
 def resume_command(argv: Sequence[str]) -> int:
@@ -136,21 +141,28 @@ def resume_command(argv: Sequence[str]) -> int:
     from ..checkpoint import RunFolder
     from ..training import BadInput
     from . import resuming
-    from .running import load, prepare, ranks, together
+    from .running import ranks
 
     if len(standing) != 1:
         raise BadInput(f"resume takes one run folder, and was given {len(standing)}: {RESUME}")
     plan, record = resuming.plan_of(Path(standing[0]), chosen)
     resuming.require_something_to_do(plan, RunFolder(standing[0]), chosen)
     with ranks(plan.training) as group:
-        run = resuming.folder(Path(standing[0]), group)
-        data = load(plan, group)
-        together(group, lambda: resuming.require_same(data, record, run.path))
-        prepared = prepare(plan, data, group)
-        if group.rank == 0 and not chosen.json:
-            introduce(prepared)
-        _train_and_report(prepared, run, resume=True, as_json=chosen.json)
+        _resume(plan, record, RunFolder(standing[0]), group, as_json=chosen.json)
     return 0
+
+
+def _resume(plan: Plan, record: Mapping[str, Any], run: RunFolder, group: Group, *, as_json: bool) -> None:
+    from . import resuming
+    from .running import load, prepare, together
+
+    resuming.require_ranks(run, group)
+    data = load(plan, group)
+    together(group, lambda: resuming.require_same(data, record, run.path))
+    prepared = prepare(plan, data, group)
+    if group.rank == 0 and not as_json:
+        introduce(prepared)
+    _train_and_report(prepared, run, resume=True, as_json=as_json)
 
 
 def _train_and_report(prepared: Prepared, run: RunFolder, *, resume: bool, as_json: bool) -> None:

@@ -1,0 +1,77 @@
+"""The examples run, and learn: with small settings, on data that is always there."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from piecework import data
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+Main = Callable[[Sequence[str]], float]
+
+
+def main_of(name: str) -> Main:
+    main: Main = runpy.run_path(str(EXAMPLES / name))["main"]
+    return main
+
+
+def on_two_ranks(*words: str) -> str:
+    """What the second example prints under a real torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    done = subprocess.run(
+        [*command, str(EXAMPLES / "02_higgs_on_two_ranks.py"), *words],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_every_example_has_at_most_80_lines_and_is_run_here() -> None:
+    here = Path(__file__).read_text()
+    files = sorted(EXAMPLES.glob("*.py"))
+    assert len(files) >= 2
+    for path in files:
+        assert path.name in here, f"{path.name} is not run by these tests"
+        assert len(path.read_text().splitlines()) <= 80, f"{path.name} is longer than 80 lines"
+
+
+def test_digits_are_learnt_without_gradients(capsys: pytest.CaptureFixture[str]) -> None:
+    score = main_of("01_digits_without_gradients.py")(["--hidden", "40", "20", "--sweeps", "12"])
+    said = capsys.readouterr().out.splitlines()[-1]
+    floor = float(re.findall(r"0\.\d+", said)[0])
+    assert score > 0.93
+    assert score > floor + 0.05
+
+
+def test_thresholds_without_a_derivative_learn_more_than_random_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    score = main_of("01_digits_without_gradients.py")(["--activation", "sign", "--hidden", "40", "--sweeps", "12"])
+    floor = float(re.findall(r"0\.\d+", capsys.readouterr().out.splitlines()[-1])[0])
+    assert score > floor
+
+
+def test_the_second_example_is_the_same_on_one_rank_and_on_two(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--data", "breast_cancer", "--hidden", "20", "--sweeps", "4"]
+    alone = main_of("02_higgs_on_two_ranks.py")(words)
+    said = on_two_ranks(*words).splitlines()[-1]
+    assert said.startswith("2 ranks")
+    assert f"{alone:.4f}" in said
+    assert alone > 0.85
+
+
+def test_the_second_example_learns_higgs() -> None:
+    if next(entry for entry in data.catalogue() if entry.name == "higgs").where == "not here":
+        pytest.skip("higgs is not on this machine; set PIECEWORK_DATA to a folder that has it")
+    score = main_of("02_higgs_on_two_ranks.py")(["--rows", "8000", "--hidden", "100", "--sweeps", "6"])
+    assert score > 0.62

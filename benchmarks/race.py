@@ -48,7 +48,9 @@ def model(set_: data.Dataset, race: Race, seed: int) -> nn.Module:
     return nn.Sequential(OrderedDict(scaling=Standardise(set_.mean, set_.scale), network=network))
 
 
-def run(method: piecework.Method, loss: losses.Loss, set_: data.Dataset, race: Race, seed: int, **limits: object) -> History:
+def run(
+    method: piecework.Method, loss: losses.Loss, set_: data.Dataset, race: Race, seed: int, **limits: object
+) -> History:
     training = method.bind(model(set_, race, seed), loss)
     return piecework.fit(training, set_, loss=loss, batch_size=race.batch_size, seed=seed, **limits)
 

@@ -20,7 +20,9 @@ TARGET = 0.68
 RANKS = 4
 
 
-def reach(method: piecework.Method, loss: losses.Loss, set_: data.Dataset, seed: int, batch_size: int, limit: float) -> list[float | None]:
+def reach(
+    method: piecework.Method, loss: losses.Loss, set_: data.Dataset, seed: int, batch_size: int, limit: int
+) -> list[float | None]:
     """Rounds, bytes, training seconds and samples at the first row with the target score."""
 
     def work(group: Group) -> list[float | None]:
@@ -44,10 +46,12 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     set_ = data.load("higgs")
-    entries = [("admm", ADMM(), losses.named("squared"), 4, 40.0)]
+    entries = [("admm", ADMM(), losses.named("squared"), 4, 40)]
     for batch_size in (256, 1024, 4096, 16384):
         for lr in (1e-3, 3e-3, 1e-2, 3e-2):
-            entries.append((f"adam, batch {batch_size}, lr {lr:g}", Adam(lr=lr), losses.named("logistic"), batch_size, 60.0))
+            entries.append(
+                (f"adam, batch {batch_size}, lr {lr:g}", Adam(lr=lr), losses.named("logistic"), batch_size, 30)
+            )
     rows = []
     for name, method, loss, batch_size, limit in entries:
         found = [reach(method, loss, set_, seed, batch_size, limit) for seed in range(arguments.seeds)]

@@ -56,9 +56,9 @@ def test_digits_are_learnt_without_gradients(capsys: pytest.CaptureFixture[str])
 
 
 def test_thresholds_without_a_derivative_learn_more_than_random_ones(capsys: pytest.CaptureFixture[str]) -> None:
-    score = main_of("01_digits_without_gradients.py")(["--activation", "sign", "--hidden", "40", "--sweeps", "12"])
+    score = main_of("01_digits_without_gradients.py")(["--activation", "sign", "--hidden", "40", "--sweeps", "60"])
     floor = float(re.findall(r"0\.\d+", capsys.readouterr().out.splitlines()[-1])[0])
-    assert score > floor
+    assert score > floor + 0.01
 
 
 def test_the_second_example_is_the_same_on_one_rank_and_on_two(capsys: pytest.CaptureFixture[str]) -> None:

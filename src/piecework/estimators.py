@@ -264,8 +264,8 @@ class Classifier(ClassifierMixin, _Estimator):  # type: ignore[misc]
     dtype: float32 or float64, of the weights and of the training.
     verbose: whether progress is reported on standard error.
 
-    Attributes: `model_`, the deployed network, an nn.Module that takes raw features (n, d) and gives outputs
-    (n, k), k = 1 for two classes except with softmax; `history_`, the `History` of the training; `n_iter_`, the steps taken;
+    Attributes: `model_`, the deployed network, an nn.Module that takes raw features (n, d) and gives outputs (n, k),
+    k = 1 for two classes except with softmax; `history_`, the `History` of the training; `n_iter_`, the steps taken;
     `loss_`; `classes_`; `n_features_in_` and `feature_names_in_`."""
 
     def fit(self, X: Any, y: Any) -> Self:

@@ -20,7 +20,7 @@ Piece = tuple[float, float, float, float]
 """(low, high, slope, intercept): h(z) = slope z + intercept for low <= z <= high."""
 
 NEWTON_ITERATIONS = 20
-BISECTIONS_FIRST = 6
+LOGISTIC_ITERATIONS = 8
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def sign(a: Tensor, m: Tensor, gamma: float, beta: float) -> Tensor:
     The infimum from below is not attained (sign(0) = +1): the smallest normal number stands for it."""
     here = torch.where(m >= 0, 1.0, -1.0).to(m.dtype)
     gain = gamma * ((a - here).square() - (a + here).square())
-    over = torch.where(m >= 0, -torch.finfo(m.dtype).tiny, 0.0).to(m.dtype)
+    over = torch.zeros_like(m).masked_fill_(m >= 0, -torch.finfo(m.dtype).tiny)
     return torch.where(gain > beta * m.square(), over, m)
 
 
@@ -173,34 +173,37 @@ def hinge(m: Tensor, y: Tensor, beta: float, dual: Tensor | None = None) -> Tens
 
 
 def logistic(m: Tensor, y: Tensor, beta: float, dual: Tensor | None = None) -> Tensor:
-    """Of log(1 + exp z) - y z: the root of sigmoid(z) - y + dual + 2 beta (z - m), by Newton inside a bracket.
+    """Of log(1 + exp z) - y z: the root of f(z) = sigmoid(z) - y + dual + 2 beta (z - m), by Newton.
 
-    The root lies between m + (y - dual - 1)/(2 beta) and m + (y - dual)/(2 beta); a Newton point outside the shrinking
-    bracket is replaced by its middle."""
+    f is increasing, convex below 0 and concave above. From 0, or from a point between 0 and the root, Newton moves
+    towards the root and never past it, by about 1 while sigmoid decays: hence the number of iterations."""
     centre = m if dual is None else m - dual / (2 * beta)
-    low, high = centre + (y - 1) / (2 * beta), centre + y / (2 * beta)
-    z = torch.clamp(centre, low, high)
-    for iteration in range(NEWTON_ITERATIONS + BISECTIONS_FIRST):
+
+    def value(z: Tensor) -> Tensor:
+        return torch.sigmoid(z) - y + 2 * beta * (z - centre)
+
+    at_zero, at_centre = value(torch.zeros_like(centre)), value(centre)
+    between = (at_zero * centre < 0) & (at_centre * centre < 0)
+    z = torch.where(between, centre, torch.zeros_like(centre))
+    for _ in range(LOGISTIC_ITERATIONS + max(0, math.ceil(-math.log(2 * beta)))):
         p = torch.sigmoid(z)
-        value = p - y + 2 * beta * (z - centre)
-        low, high = torch.where(value < 0, z, low), torch.where(value > 0, z, high)
-        step = z - value / (p * (1 - p) + 2 * beta)
-        inside = (step >= low) & (step <= high)
-        wide = iteration < BISECTIONS_FIRST and beta < 1e-2
-        z = torch.where(inside & ~((high - low > 8) & wide), step, (low + high) / 2)
+        z = z - value(z) / (p * (1 - p) + 2 * beta)
     return z
 
 
 def softmax(m: Tensor, y: Tensor, beta: float, dual: Tensor | None = None) -> Tensor:
     """Of softmax cross-entropy with target rows y that sum to 1: Newton a sample, H = diag(p) - p p^T + 2 beta I by
-    Sherman-Morrison in O(k), halved where the cost does not fall."""
+    Sherman-Morrison in O(k).
+
+    Where the whole step does not lower the cost enough, log(1 + r)/r of it is taken, r = max - min of the step: the
+    third derivative of log-sum-exp along a step is at most r times the second, so that this part always does, and it
+    tends to the whole step as r falls, when rounding hides what a step gains."""
     centre = m if dual is None else m - dual / (2 * beta)
     z = centre.clone()
 
     def cost(z: Tensor) -> Tensor:
         return torch.logsumexp(z, 1) - (y * z).sum(1) + beta * (z - centre).square().sum(1)
 
-    now = cost(z)
     tolerance = 1e-9 if z.dtype == torch.float64 else 1e-6
     for _ in range(NEWTON_ITERATIONS):
         p = torch.softmax(z, 1)
@@ -209,16 +212,9 @@ def softmax(m: Tensor, y: Tensor, beta: float, dual: Tensor | None = None) -> Te
             break
         inverse = 1 / (p + 2 * beta)
         u = inverse * p
-        u_gradient = inverse * gradient
-        step = u_gradient + u * ((p * u_gradient).sum(1) / (1 - (p * u).sum(1)).clamp_min(1e-30))[:, None]
-        length = torch.ones_like(now)
-        fall = (gradient * step).sum(1)
-        for _ in range(8):
-            new = cost(z - length[:, None] * step)
-            enough = new <= now - 1e-4 * length * fall + 1e-14 * now.abs()
-            if bool(enough.all()):
-                break
-            length = torch.where(enough, length, length / 2)
-        z = z - length[:, None] * step
-        now = cost(z)
+        rest = 2 * beta * u.sum(1)  # 1 - p^T u, without cancellation
+        step = inverse * gradient + u * ((u * gradient).sum(1) / rest)[:, None]
+        reach = (step.amax(1) - step.amin(1)).clamp_min(torch.finfo(z.dtype).tiny)
+        enough = cost(z - step) <= cost(z) - 1e-4 * (gradient * step).sum(1)
+        z = z - step * torch.where(enough, torch.ones_like(reach), torch.log1p(reach) / reach)[:, None]
     return z

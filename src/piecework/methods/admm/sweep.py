@@ -59,6 +59,7 @@ class Resynchronised:
         self._gram: Tensor | None = None
         self._input_gram: Tensor | None = None
         self._batch: tuple[int, int, int] | None = None
+        self._held: Batch | None = None
         self._passes = self._trials = 0
         self._reason = ""
 
@@ -120,9 +121,9 @@ class Resynchronised:
     def _meet(self, batch: Batch) -> bool:
         """Whether the sweep starts afresh: at the start, and when the caller brings other rows than last time."""
         key = (batch.x.data_ptr(), batch.y.data_ptr(), len(batch))
-        fresh = self._total is None or (self._batch is not None and self._batch != key)
-        fresh = self.group.any(fresh) if self._batch != key else fresh
-        self._batch = key
+        changed = self._batch is not None and self._batch != key
+        fresh = self.group.any(self._total is None or changed)
+        self._batch, self._held = key, batch  # held, so that no other rows can take this address
         if fresh:
             rows = torch.tensor([float(len(batch))], dtype=torch.float64)
             self.group.sum_(rows)

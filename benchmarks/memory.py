@@ -16,6 +16,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+
 import report
 
 

@@ -13,11 +13,11 @@ import time
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 
-import report
 import torch
 from torch import nn
 
 import piecework
+import report
 from piecework import ADMM, CG, LBFGS, SGD, Adam, History, data, floors, losses
 from piecework.nn import Standardise
 
@@ -138,8 +138,8 @@ def main() -> None:
         f"{arguments.data}, {shape}: ADMM and its baselines",
         [
             (f"{len(set_.train)} training rows, {len(set_.validation or [])} validation rows, "
-             f"{len(set_.test or [])} test rows; seeds 0..{arguments.seeds - 1}, medians [range]; learning rates chosen "
-             f"on validation from {RATES} (adam) and {SGD_RATES} (sgd), batch size {race.batch_size}; seconds are "
+             f"{len(set_.test or [])} test rows; seeds 0..{arguments.seeds - 1}, medians [range]; learning rates "
+             f"chosen on validation from {RATES} (adam) and {SGD_RATES} (sgd), batch size {race.batch_size}; seconds are "
              "training seconds.", [], []),
             ("", ["method", "loss", "test accuracy at the step chosen on validation", "test accuracy at the end",
                   "train accuracy at the end", "steps", "seconds", f"seconds to test {race.target}"], rows),

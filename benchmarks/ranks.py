@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import time
 
-import report
 import torch
 
+import report
 from piecework import ADMM, Batch, Group, losses
 from piecework.models import mlp
 from piecework.testing import processes
@@ -43,13 +43,13 @@ def main() -> None:
         one = processes(1, sweeps, timeout=600)[0]
         two = processes(2, sweeps, timeout=600)
         slowest = max(r["seconds"] for r in two)
-        rows.append([repeat, one["seconds"] / one["passes"], slowest / two[0]["passes"],
-                     (one["seconds"] / one["passes"]) / (slowest / two[0]["passes"]), abs(one["loss"] - two[0]["loss"])])  # fmt: skip
+        alone, together = one["seconds"] / one["passes"], slowest / two[0]["passes"]
+        rows.append([repeat, alone, together, alone / together, abs(one["loss"] - two[0]["loss"])])
     ratio = report.median([row[3] for row in rows])
     rows.append(["median", None, None, ratio, None])
     note = (
-        f"28-300-1, {ROWS} rows, {SWEEPS} sweeps after two; real processes joined by gloo on one machine; the slower rank "
-        "counts."
+        f"28-300-1, {ROWS} rows, {SWEEPS} sweeps after two; real processes joined by gloo on one machine; the slower "
+        "rank counts."
     )
     header = ["repeat", "seconds a pass, 1 process", "seconds a pass, 2 processes", "ratio", "difference of the loss"]
     report.write("ranks", "Two processes against one", [(note, header, rows)])

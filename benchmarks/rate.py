@@ -11,17 +11,18 @@ from __future__ import annotations
 
 import argparse
 import time
+from itertools import pairwise
 
-import report
 import torch
 
+import report
 from piecework import ADMM, Batch, Solo, losses
 from piecework.models import mlp
 from piecework.training import stream
 
 
 def forward(widths: list[int]) -> int:
-    return sum(2 * a * b for a, b in zip(widths, widths[1:], strict=False))
+    return sum(2 * a * b for a, b in pairwise(widths))
 
 
 def useful(widths: list[int], acceleration: bool) -> int:
@@ -79,8 +80,8 @@ def main() -> None:
     header = ["acceleration", "useful flops a row", "passes a sweep", "seconds a sweep", "Gflop/s", "sgemm Gflop/s",
               "ratio (median)", "ratio (best sweep)"]  # fmt: skip
     note = (
-        f"28-300-1, {arguments.rows} rows in memory, float32, {arguments.sweeps} sweeps after two; the best square sgemm "
-        "is that of 1024, 2048 and 4096, before and after the sweeps."
+        f"28-300-1, {arguments.rows} rows in memory, float32, {arguments.sweeps} sweeps after two; the best square "
+        "sgemm is that of 1024, 2048 and 4096, before and after the sweeps."
     )
     report.write("rate", "The rate of one sweep", [(note, header, rows)])
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import argparse
 
-import report
 import torch
-from race import RACES, model
 
 import piecework
+import report
 from piecework import ADMM, Adam, Group, data, losses
 from piecework.testing import threads
+from race import RACES, model
 
 TARGET = 0.68
 RANKS = 4
@@ -68,8 +68,8 @@ def main() -> None:
         "rounds",
         f"Four ranks, HIGGS 28-300-1, to a test accuracy of {TARGET}",
         [
-            (f"Seeds 0..{arguments.seeds - 1}, medians. A round is one message a rank takes part in; bytes are those one "
-             "rank hands over; ADMM's count the trials of its step.",
+            (f"Seeds 0..{arguments.seeds - 1}, medians. A round is one message a rank takes part in; bytes are those "
+             "one rank hands over; ADMM's count the trials of its step.",
              ["method", "rounds", "bytes", "seconds", "samples"], rows),
             ("Against ADMM", ["Adam", "rounds", "bytes", "rounds over ADMM's", "bytes over ADMM's"], summary),
         ],

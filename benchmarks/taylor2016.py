@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 
-import report
 import torch
-from race import Race, model
 
 import piecework
+import report
 from piecework import ADMM, History, data, losses
 from piecework.history import figure
+from race import Race, model
 
 SHOWN = (1, 5, 10, 12, 14, 16, 20, 30, 40, 60)
 
@@ -44,9 +44,9 @@ def main() -> None:
         figure(curves, report.RESULTS / f"taylor2016-{name}.png")
         relaxed = curves["Algorithm 1, hinge"][0].rows[-1]
         note = (
-            f"{name}, {'-'.join(map(str, [set_.num_features, *hidden, set_.num_outputs]))}, test accuracy of the deployed "
-            f"network by sweep, seeds 0..{arguments.seeds - 1}, medians [range]. At the end of Algorithm 1 (seed 0) the "
-            f"loss of the stored z_L is {relaxed['relaxed_loss']:.3f} a sample, that of the network "
+            f"{name}, {'-'.join(map(str, [set_.num_features, *hidden, set_.num_outputs]))}, test accuracy of the "
+            f"deployed network by sweep, seeds 0..{arguments.seeds - 1}, medians [range]. At the end of Algorithm 1 "
+            f"(seed 0) the loss of the stored z_L is {relaxed['relaxed_loss']:.3f} a sample, that of the network "
             f"{relaxed['train']['loss']:.3f}."
         )
         sections.append((note, ["sweep", *curves], rows))

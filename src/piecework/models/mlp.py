@@ -47,7 +47,7 @@ def mlp(
     generator = torch.Generator().manual_seed(seed)
     layers: list[nn.Module] = []
     for fan_in, fan_out in pairwise(widths):
-        linear = nn.utils.skip_init(nn.Linear, fan_in, fan_out, dtype=dtype)
+        linear = nn.Linear(fan_in, fan_out, dtype=dtype, device="meta").to_empty(device="cpu")
         std = math.sqrt(gain / fan_in)
         with torch.no_grad():
             linear.weight.copy_(torch.randn(fan_out, fan_in, generator=generator, dtype=torch.float64) * std)

@@ -64,7 +64,7 @@ def test_the_linear_floor_of_classes_is_scikit_learn_s(name: str) -> None:
     from sklearn.linear_model import LogisticRegression
 
     found = set_of(name)
-    model = LogisticRegression(max_iter=300).fit(standardised(found, "train"), found.train.y.numpy())
+    model = LogisticRegression(max_iter=floors.ITERATIONS).fit(standardised(found, "train"), found.train.y.numpy())
     floor = floors.linear(found)
     for part in ("train", "validation", "test"):
         assert floor.scores[part] == pytest.approx(accuracy(found, part, model.predict(standardised(found, part))))

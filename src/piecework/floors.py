@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -36,8 +36,8 @@ RIDGE = 1e-4
 MOST = 50_000_000
 """Numbers that scikit-learn is given at most; of more rows it gets every second, third, ..."""
 
-ITERATIONS = 300
-"""Of scikit-learn's solver at most."""
+ITERATIONS = 100
+"""Of scikit-learn's solver at most; a floor must not cost more than what stands on it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,6 @@ class Floor:
     seconds: float
     parameters: int
     note: str = ""
-    extra: dict[str, Any] = field(default_factory=dict)
 
     def summary(self, data: Dataset) -> dict[str, Any]:
         """The floor with the keys of a run's summary; a floor has no steps and no loss that compares."""
@@ -173,7 +172,7 @@ def _logistic(scaling: Standardise, data: Dataset) -> tuple[nn.Linear, str]:
 
     step = max(1, -(-len(data.train) * data.num_features // MOST))
     part = Batch(data.train.x[::step], data.train.y[::step])
-    x = np.concatenate([a.double().numpy() for a, _ in _tiles(scaling, part)])
+    x = np.concatenate([a.numpy() for a, _ in _tiles(scaling, part)])
     note = f"fitted on every {step}th row" if step > 1 else ""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)

@@ -45,8 +45,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     Ctrl-C. argv: the words behind `piecework`, by default those of this process."""
     words = list(sys.argv[1:] if argv is None else argv)
     with warnings.catch_warnings():
-        if not sys.warnoptions and os.environ.get("PYTHONWARNINGS") is None and "pytest" not in sys.modules:
-            warnings.simplefilter("default", UserWarning)
         warnings.showwarning = _say_warning
         try:
             status = _run(words)

@@ -132,7 +132,7 @@ class _Comparison:
                         data = load(self._plan(self.entries[0], seed), self.group)
                     for entry in self.entries:
                         self._one(entry, seed, data, progress)
-                    self._floors(seed, data)
+                    self._floors(seed, data, progress)
         finally:
             if self.group.rank == 0 and any(outcome.history for outcome in self.outcomes):
                 results.write(self.root, self.outcomes, self.floors, title=self._title(data))
@@ -248,7 +248,7 @@ class _Comparison:
             return Outcome(entry, seed, path, None, failed=str(error))
         return Outcome(entry, seed, path, history, history.summary())
 
-    def _floors(self, seed: int, data: Dataset) -> None:
+    def _floors(self, seed: int, data: Dataset, progress: Progress) -> None:
         """Simple models on the rows of this seed; rows that are the same again are not fitted again."""
         from .. import floors
         from . import network
@@ -256,6 +256,7 @@ class _Comparison:
 
         if self.group.rank != 0:
             return
+        progress.run("floors")
         print_of = fingerprint(data)
         known = [one for one in self.floors if one["fingerprint"] == print_of]
         simple = [one for one in known if one["method"] != "floor: random features"]

@@ -21,6 +21,7 @@ Piece = tuple[float, float, float, float]
 
 NEWTON_ITERATIONS = 20
 LOGISTIC_ITERATIONS = 8
+SMALL_BETA = 0.1
 
 
 @dataclass(frozen=True)
@@ -195,15 +196,10 @@ def softmax(m: Tensor, y: Tensor, beta: float, dual: Tensor | None = None) -> Te
     """Of softmax cross-entropy with target rows y that sum to 1: Newton a sample, H = diag(p) - p p^T + 2 beta I by
     Sherman-Morrison in O(k).
 
-    Where the whole step does not lower the cost enough, log(1 + r)/r of it is taken, r = max - min of the step: the
-    third derivative of log-sum-exp along a step is at most r times the second, so that this part always does, and it
-    tends to the whole step as r falls, when rounding hides what a step gains."""
+    A step of range r = max - min is taken log(1 + r)/r of the way: the third derivative of log-sum-exp along a step is
+    at most r times the second, so that this always lowers the cost, without a search, and tends to the whole step."""
     centre = m if dual is None else m - dual / (2 * beta)
-    z = centre.clone()
-
-    def cost(z: Tensor) -> Tensor:
-        return torch.logsumexp(z, 1) - (y * z).sum(1) + beta * (z - centre).square().sum(1)
-
+    z = _softmax_start(centre, y, beta) if beta < SMALL_BETA else centre
     tolerance = 1e-9 if z.dtype == torch.float64 else 1e-6
     for _ in range(NEWTON_ITERATIONS):
         p = torch.softmax(z, 1)
@@ -215,6 +211,22 @@ def softmax(m: Tensor, y: Tensor, beta: float, dual: Tensor | None = None) -> Te
         rest = 2 * beta * u.sum(1)  # 1 - p^T u, without cancellation
         step = inverse * gradient + u * ((u * gradient).sum(1) / rest)[:, None]
         reach = (step.amax(1) - step.amin(1)).clamp_min(torch.finfo(z.dtype).tiny)
-        enough = cost(z - step) <= cost(z) - 1e-4 * (gradient * step).sum(1)
-        z = z - step * torch.where(enough, torch.ones_like(reach), torch.log1p(reach) / reach)[:, None]
+        z = z - step * (torch.log1p(reach) / reach)[:, None]
     return z
+
+
+def _softmax_start(centre: Tensor, y: Tensor, beta: float) -> Tensor:
+    """The cheaper of the centre and of the prox of max in place of log-sum-exp, which is its limit for small beta: the
+    probabilities are then the projection of y + 2 beta centre onto the simplex (by sorting)."""
+    v = y + 2 * beta * centre
+    sorted_v = v.sort(1, descending=True).values
+    counts = torch.arange(1, v.shape[1] + 1, dtype=v.dtype, device=v.device)
+    levels = (sorted_v.cumsum(1) - 1) / counts
+    size = (sorted_v > levels).sum(1, keepdim=True).clamp_min(1)
+    level = levels.gather(1, size - 1)
+    z = centre + (y - (v - level).clamp_min(0)) / (2 * beta)
+
+    def cost(z: Tensor) -> Tensor:
+        return torch.logsumexp(z, 1) - (y * z).sum(1) + beta * (z - centre).square().sum(1)
+
+    return torch.where((cost(z) < cost(centre))[:, None], z, centre)

@@ -16,6 +16,7 @@ help:
 	@echo "make clean  remove the virtual environment and the caches; runs/ stays"
 
 demo: $(VENV)/installed
+	@echo "Ten runs of four training seconds each, most of them to tune the learning rates of Adam and SGD:"
 	@folder=runs/demo-$$(date +%Y%m%d-%H%M%S) && $(RUN) -m piecework compare digits --hidden 100 50 \
 		--methods admm adam sgd lbfgs --tune lr=1e-3,1e-2,1e-1 --seconds 4 --threads 1 --out $$folder && \
 		echo "The figure is $$folder/compare.png"
@@ -38,13 +39,16 @@ $(VENV)/made:
 	@touch $@
 
 $(VENV)/installed: $(VENV)/made $(DEPENDENCIES)
+	@echo "Installing into $(VENV); the first time this takes some minutes"
 	$(RUN) -m pip install --quiet -c constraints.txt -e .
 	@touch $@
 
 $(VENV)/installed-test: $(VENV)/made $(DEPENDENCIES)
+	@echo "Installing into $(VENV); the first time this takes some minutes"
 	$(RUN) -m pip install --quiet -c constraints.txt -e '.[test]'
 	@touch $@
 
 $(VENV)/installed-lint: $(VENV)/made $(DEPENDENCIES)
+	@echo "Installing into $(VENV); the first time this takes some minutes"
 	$(RUN) -m pip install --quiet -c constraints.txt -e '.[test,lint]'
 	@touch $@

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -31,6 +33,18 @@ def blocks(page: Path, language: str) -> list[str]:
     return [text for kind, text in BLOCK.findall(page.read_text()) if kind == language]
 
 
+def run(*code: str) -> dict[str, Any]:
+    """The names that a page's code leaves, run in a module of its own."""
+    module = ModuleType("page")
+    sys.modules["page"] = module  # dataclasses look their module up
+    try:
+        for one in code:
+            exec(compile(one, "page", "exec"), module.__dict__)
+    finally:
+        del sys.modules["page"]
+    return module.__dict__
+
+
 def commands() -> Iterator[list[str]]:
     for page in PAGES:
         for block in [*blocks(page, "bash"), *blocks(page, "")]:
@@ -52,18 +66,13 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    namespace: dict[str, Any] = {"__name__": "page"}
-    for code in blocks(page, "python"):
-        exec(compile(code, page.name, "exec"), namespace)
+    run(*blocks(page, "python"))
 
 
 def test_the_method_of_the_docs_keeps_every_law() -> None:
-    namespace: dict[str, Any] = {"__name__": "page"}
     code = blocks(ROOT / "docs/write-your-own.md", "python")
-    for one in (code[0], code[-1]):
-        exec(compile(one, "write-your-own.md", "exec"), namespace)
     assert len(code[0].splitlines()) <= 60
-    namespace["test_my_method_keeps_every_law"]()
+    run(code[0], code[-1])["test_my_method_keeps_every_law"]()
 
 
 def test_the_commands_of_the_docs_are_understood() -> None:
@@ -97,8 +106,6 @@ def test_the_style_of_the_docs(page: Path) -> None:
     text = BLOCK.sub("", page.read_text())
     assert "TODO" not in text
     assert not re.search(r"\w!(\s|$)", text)
-    long = [line for line in text.splitlines() if len(line) > 120 and not line.startswith(("|", "![", "    "))]
-    assert not long
 
 
 def test_every_method_is_in_the_readme() -> None:
@@ -109,8 +116,7 @@ def test_every_method_is_in_the_readme() -> None:
 
 @pytest.mark.parametrize("hidden", [[7], [7, 6], [9, 4, 6]], ids=str)
 def test_the_bytes_of_a_sweep_are_those_of_the_formula(hidden: list[int]) -> None:
-    namespace: dict[str, Any] = {}
-    exec(blocks(ROOT / "docs/methods/admm.md", "python")[0], namespace)
+    formula = run(blocks(ROOT / "docs/methods/admm.md", "python")[0])["bytes_of_a_sweep"]
     data = classes()
 
     def work(group: piecework.Group) -> list[dict[str, Any]]:
@@ -121,8 +127,6 @@ def test_the_bytes_of_a_sweep_are_those_of_the_formula(hidden: list[int]) -> Non
 
     before, accepted = 0, True
     for row in threads(2, work)[0]:
-        expected = namespace["bytes_of_a_sweep"](
-            [5, *hidden, 3], sweep=row["step"], trials=int(row["trials"]), after_accepted=accepted
-        )
+        expected = formula([5, *hidden, 3], sweep=row["step"], trials=int(row["trials"]), after_accepted=accepted)
         assert row["bytes_sent"] - before == expected
         before, accepted = row["bytes_sent"], bool(row["accepted"])

@@ -7,7 +7,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TextIO
+from typing import Any
 
 COMMANDS = {
     "fit": "train on a data set, show progress, leave a run folder",
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Ctrl-C. argv: the words behind `piecework`, by default those of this process."""
     words = list(sys.argv[1:] if argv is None else argv)
     with warnings.catch_warnings():
-        warnings.showwarning = _say_warning
+        warnings.showwarning = _each_warning_once()
         try:
             status = _run(words)
             sys.stdout.flush()
@@ -124,16 +124,16 @@ def _say(kind: str, text: str) -> None:
     print(f"piecework: {kind}: " + " ".join(text.split()), file=sys.stderr, flush=True)
 
 
-def _say_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
-    if _speaks():
-        _say("warning", str(message))
+def _each_warning_once() -> Callable[..., None]:
+    """What Python is to call for a warning: a sentence without the place in the source, said once."""
+    said: set[str] = set()
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        if _speaks() and str(message) not in said:
+            said.add(str(message))
+            _say("warning", str(message))
+
+    return show
 
 
 def _speaks() -> bool:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
 from .options import DataListOptions, MethodListOptions
 from .parse import parse
-from .tables import console, table
+from .tables import PLAIN_WIDTH, console, table
 from .train import first_line
 
 
@@ -32,8 +34,14 @@ def data_command(argv: Sequence[str]) -> int:
     _nothing_more(DataListOptions, argv, "piecework data", "List the named data sets, and where they are found.")
     from ..data import catalogue
 
-    rows = [(one.name, one.what, one.size, one.origin, one.where) for one in catalogue()]
-    console().print(table(["name", "what it is", "rows x features", "comes from", "is now"], rows, left=5, wrap=True))
+    entries = catalogue()
+    indent = 2 + max(len(one.name) for one in entries)
+    width = min(shutil.get_terminal_size((PLAIN_WIDTH, 24)).columns, PLAIN_WIDTH)
+    for one in entries:
+        for line, text in enumerate((f"{one.what}; {one.size}", f"{one.origin}; {one.where}")):
+            name = one.name if line == 0 else ""
+            print(textwrap.fill(text, width, initial_indent=f"{name:{indent}}", subsequent_indent=" " * indent))
+    print()
     print(
         "Also openml:NAME, any .csv or .parquet file with --target COLUMN, and any .npz file with arrays x and y\n"
         "(or x_train, y_train, x_test, y_test). Named sets are looked for in $PIECEWORK_DATA, the cache and the\n"

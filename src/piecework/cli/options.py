@@ -46,8 +46,7 @@ class NetworkOptions:
     """relu, leaky-relu, hard-sigmoid, tanh, sigmoid, sign or identity."""
 
     model: Annotated[str | None, arg(metavar="MODULE:FUNCTION", **_NONE)] = None
-    """A network of your own in place of --hidden: function(num_features, num_outputs) -> torch.nn.Module, in a module
-    that can be imported from here. It is given standardised features."""
+    """A network of your own in place of --hidden: function(num_features, num_outputs) -> nn.Module, importable."""
 
     loss: Annotated[
         Literal["auto", "squared", "hinge", "softmax", "logistic"], arg(metavar="auto|squared|hinge|softmax|logistic")
@@ -121,15 +120,13 @@ class RunOptions:
 class ComparisonOptions:
     """What is compared."""
 
-    methods: Annotated[tuple[str, ...], arg(metavar="METHOD[:SETTING=VALUE,...] ...")] = ()
-    """The methods, with settings after a colon: adam:lr=3e-3,weight-decay=1e-4."""
+    methods: Annotated[tuple[str, ...], arg(metavar="METHOD ...", help_behavior_hint="(default: admm adam lbfgs)")] = ()
+    """The methods, with settings after a colon: admm adam:lr=3e-3,weight-decay=1e-4."""
 
     seeds: Annotated[int, arg(metavar="N")] = 1
     """Run each method with so many seeds, from --seed on; the table shows medians and ranges."""
 
-    tune: Annotated[
-        tuple[str, ...], arg(metavar="SETTING=VALUE,VALUE,... ...", help_behavior_hint="(default: none)")
-    ] = ()
+    tune: Annotated[tuple[str, ...], arg(metavar="SETTING=VALUE,... ...", help_behavior_hint="(default: none)")] = ()
     """Try these values and keep those with the best validation score; methods without the setting ignore it."""
 
 

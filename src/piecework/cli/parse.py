@@ -11,6 +11,9 @@ import dataclasses
 import difflib
 import io
 import re
+import shutil
+import sys
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
@@ -182,23 +185,29 @@ def read(
     said, shown = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(shown):
-            return tyro.cli(
+            found = tyro.cli(
                 recipe,
                 args=["--help"] if words.help else words.flat(),
                 prog="piecework",
-                description=about or None,
+                description="",
                 config=config,
             )
     except SystemExit as end:
         if words.help:
-            print(_help(shown.getvalue(), usage, more), end="")
+            print(_help(shown.getvalue(), usage, about, more), end="")
             raise SystemExit(0) from None
         raise _refusal(end, said.getvalue(), known, words) from None
+    print(said.getvalue(), end="", file=sys.stderr)  # warnings of the dataclass itself
+    return found
 
 
-def _help(text: str, usage: str, more: str) -> str:
-    _, _, body = text.partition("\n\n")
-    return f"usage: {usage}\n\n{body.rstrip()}\n" + (f"\n{more.rstrip()}\n" if more else "")
+def _help(text: str, usage: str, about: str, more: str) -> str:
+    """tyro's list of options between words of ours; its own usage line knows nothing of DATA and METHOD."""
+    width = min(shutil.get_terminal_size().columns, 100)
+    paragraphs = [" ".join(part.split()) for part in about.split("\n\n")]
+    head = "\n\n".join(textwrap.fill(part, width) for part in paragraphs if part)
+    listed = "\n".join(line.rstrip() for line in text.partition("\n\n")[2].strip("\n").splitlines())
+    return "\n\n".join(part for part in (f"usage: {usage}", head, listed, more.rstrip()) if part) + "\n"
 
 
 def _refusal(end: SystemExit, said: str, known: dict[str, Option], words: Words) -> Exception:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-PLAIN_WIDTH = 160
+PLAIN_WIDTH = 150
 """Columns of output that does not go to a terminal, where nothing has to fit a window."""
 
 SCORES = {"accuracy": "accuracy", "r2": "R²"}

@@ -133,7 +133,7 @@ def smooth(
             gap = value - a
             gradient = gamma * gap * slope + beta * (z - m)
             exact = gamma * (slope.square() + gap * second(value)) + beta
-            curvature = torch.where(exact > beta / 10, exact, gamma * slope.square() + beta)
+            curvature = exact.abs().clamp_min(beta / 100)
             step = gradient / curvature
             for _ in range(3):
                 trial = z - step
@@ -200,18 +200,19 @@ def softmax(m: Tensor, y: Tensor, beta: float, dual: Tensor | None = None) -> Te
     at most r times the second, so that this always lowers the cost, without a search, and tends to the whole step."""
     centre = m if dual is None else m - dual / (2 * beta)
     z = _softmax_start(centre, y, beta) if beta < SMALL_BETA else centre
-    tolerance = 1e-9 if z.dtype == torch.float64 else 1e-6
-    for _ in range(NEWTON_ITERATIONS):
+    tolerance = (1e-8 if z.dtype == torch.float64 else 1e-4) * min(1.0, beta)
+    for _ in range(NEWTON_ITERATIONS if z.numel() else 0):
         p = torch.softmax(z, 1)
         gradient = p - y + 2 * beta * (z - centre)
-        if not z.numel() or bool(gradient.abs().max() <= tolerance * min(1.0, beta)):
-            break
+        last = bool(gradient.abs().max() <= tolerance)  # one more step: no row depends on the others of its tile
         inverse = 1 / (p + 2 * beta)
         u = inverse * p
         rest = 2 * beta * u.sum(1)  # 1 - p^T u, without cancellation
         step = inverse * gradient + u * ((u * gradient).sum(1) / rest)[:, None]
         reach = (step.amax(1) - step.amin(1)).clamp_min(torch.finfo(z.dtype).tiny)
         z = z - step * (torch.log1p(reach) / reach)[:, None]
+        if last:
+            break
     return z
 
 

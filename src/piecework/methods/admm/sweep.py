@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -61,7 +62,9 @@ class Resynchronised:
         self._batch: tuple[int, int, int] | None = None
         self._held: Batch | None = None
         self._passes = self._trials = 0
-        self._reason = ""
+        self._stalled = False
+        """No step lowers the loss and the next sweep would be the same: it costs no pass and moves nothing."""
+        self._reasons: set[str] = set()
 
     def _blind_layers(self) -> set[int]:
         """Hidden layers below a piecewise-constant activation: no tangent passes it, so their step is searched."""
@@ -77,7 +80,10 @@ class Resynchronised:
         self._weights = self._network.weights()
         first = self._meet(batch)
         before = self._total
-        steps = self._first_fit(batch) if first else self._sweep(batch)
+        if first:
+            steps = self._first_fit(batch)
+        else:
+            steps = {} if self._stalled else self._sweep(batch)
         self._network.assign(self._weights)
         assert self._total is not None
         figures = {
@@ -85,6 +91,7 @@ class Resynchronised:
             "passes": self._passes,
             "trials": self._trials,
             "accepted": float(first or before is None or self._total < before),
+            "stalled": float(self._stalled),
             **{f"step_{l + 1}": s for l, s in steps.items()},
         }
         return {name: torch.tensor(value, dtype=torch.float64) for name, value in figures.items()}
@@ -100,6 +107,7 @@ class Resynchronised:
             "search": self._search,
             "jump": self._jump,
             "scaled": self._scaled,
+            "stalled": self._stalled,
             "relax": [[l, factor] for l, factor in self._tiles.relax.items()],
             "gram": empty if self._gram is None else self._gram,
             "momentum": [empty if p is None else p for p in self._momentum],
@@ -109,7 +117,7 @@ class Resynchronised:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         device = self._tiles.device
         self._total, self._rows, self._search = state["total"], state["rows"], state["search"]
-        self._jump, self._scaled = state["jump"], state["scaled"]
+        self._jump, self._scaled, self._stalled = state["jump"], state["scaled"], state["stalled"]
         self._tiles.relax.update(dict(state["relax"]))
         self._gram = state["gram"].to(device) if state["gram"].numel() else None
         self._momentum = [p.to(device).clone() if p.numel() else None for p in state["momentum"]]
@@ -128,7 +136,7 @@ class Resynchronised:
             rows = torch.tensor([float(len(batch))], dtype=torch.float64)
             self.group.sum_(rows)
             self._rows = int(rows)
-            self._input_gram, self._gram = None, None
+            self._input_gram, self._gram, self._stalled = None, None, False
             self._momentum = [None] * len(self._weights)
             if self.method.multiplier:
                 self._output.keep_dual(len(batch), self._tiles.device)
@@ -150,6 +158,10 @@ class Resynchronised:
         return {}
 
     def _sweep(self, batch: Batch, only: int | None = None) -> dict[int, float]:
+        if len(self._weights) == 1 and self._output.exact:  # solved by the first fit
+            self._stalled = True
+            return {}
+        restarted = all(p is None for p in self._momentum)
         moves, searched, found = self._moves(batch, only)
         steps = self._steps(batch, moves, found) if moves else []
         applied: dict[int, Tensor] = {}
@@ -167,6 +179,7 @@ class Resynchronised:
             self._search = 1.0
             self._jump *= CALM
             self._momentum = [None] * len(self._weights)
+            self._stalled = restarted and only is None and not searched and self._output.dual is None
         taken = reversed(list(zip(moves, steps, strict=True)))  # the new moves stand first and win
         lengths = {l: scale * s for (l, _), s in taken}
         return lengths | {l: self._search for l, _ in searched}
@@ -203,15 +216,8 @@ class Resynchronised:
         """The direction pass; at activations that jump, a' - h(z) is scaled so that JUMP times its root mean square is
         one. A first pass measures it, then every pass serves the next."""
         if gains and self._tiles.spread and not self._scaled:
-            passes.directions(
-                self._tiles,
-                batch,
-                self._weights,
-                self._output,
-                self.group,
-                gains=gains,
-                skip=set(range(len(gains) + 1)),
-            )
+            nothing = set(range(len(self._weights)))
+            passes.directions(self._tiles, batch, self._weights, self._output, self.group, gains=gains, skip=nothing)
             self._passes += 1
             self._rescale()
         found = passes.directions(self._tiles, batch, self._weights, self._output, self.group, gains=gains, skip=skip)
@@ -242,7 +248,7 @@ class Resynchronised:
         if self._output.exact:
             tiny = self._gram.diagonal() * PROJECTION_RIDGE + self._gram.diagonal().mean() * PROJECTION_RIDGE**2
             m, k, d = line.inputs.shape
-            projected = self._solve(self._gram, line.inputs.reshape(m * k, d), tiny).view(m, k * d)
+            projected = ridge_solve(self._gram, line.inputs.reshape(m * k, d), tiny).x.view(m, k * d)
             slope = slope - projected @ found.crosses[-1].flatten()
             curvature = curvature - self._output.curvature * projected @ line.inputs.view(m, k * d).t()
         else:
@@ -321,7 +327,9 @@ class Resynchronised:
 
     def _solve(self, gram: Tensor, cross: Tensor, ridge: Tensor) -> Tensor:
         solved = ridge_solve(gram, cross, ridge)
-        self._reason = solved.reason or self._reason
+        if solved.reason and solved.reason not in self._reasons:
+            self._reasons.add(solved.reason)
+            warnings.warn(solved.reason, stacklevel=2)
         return solved.x
 
 

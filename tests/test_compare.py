@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from command_line import SMALL, own_folder, refused
 from piecework.cli import main, specs
 from piecework.methods import METHODS
-from test_cli import refused
 
-SMALL = ["--hidden", "5", "--rows", "203", "--test-rows", "71"]
-
-
-@pytest.fixture(autouse=True)
-def _folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
+__all__ = ["own_folder"]
 
 
 def compare(*words: object) -> list[dict[str, Any]]:

@@ -14,6 +14,8 @@ from typing import NoReturn, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from . import messages, roll_call
 from .training import BadInput, PeerLost
@@ -378,8 +380,14 @@ def _join(device: torch.device, timeout: float, backend: str | None) -> None:
         device = _own_gpu(device)
         torch.cuda.set_device(device)
     try:
+        store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))
+        # Workers that torchrun restarts find its store with the addresses of the attempt before them.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         dist.init_process_group(
             backend or ("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"),
+            store=PrefixStore(f"attempt {attempt}", store),
+            rank=rank,
+            world_size=size,
             timeout=timedelta(seconds=timeout),
             device_id=device if device.type == "cuda" and backend is None else None,
         )

@@ -6,7 +6,7 @@ z: (n, k) outputs; y: (n,) int64 classes from 0, or (n, k) real targets.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
 import torch
@@ -37,11 +37,12 @@ class Loss(Protocol):
         ...
 
     def decide(self, z: Tensor) -> Tensor:
-        """The predicted classes (n,) int64; for real targets the outputs themselves."""
+        """The predicted classes (n,) int64. Real targets need no decision: there the outputs are the prediction."""
         ...
 
     def targets(self, y: Tensor, num_outputs: int, dtype: torch.dtype) -> Tensor:
-        """(n, k) numbers that the outputs aim at: one-hot or 0/1 classes, or the real targets."""
+        """(n, k) numbers that the outputs aim at: one-hot or 0/1 classes (smoothed where the loss is), or the real
+        targets."""
         ...
 
     def gradient(self, z: Tensor, y: Tensor) -> Tensor:
@@ -79,12 +80,14 @@ def _mean(per_sample: Tensor) -> Tensor:
 
 
 def _class_of(z: Tensor, threshold: float) -> Tensor:
+    """(n,) int64: over the threshold for one output, else the largest."""
     return (z[:, 0] > threshold).long() if z.shape[1] == 1 else z.argmax(1)
 
 
 @dataclass(frozen=True)
 class Squared:
-    """||z - y||^2, summed over outputs, without 1/2; classes are 0/1 or one-hot targets. For any task."""
+    """||z - y||^2, summed over outputs, without 1/2; classes are 0/1 or one-hot targets, with threshold 1/2. For any
+    task."""
 
     name = "squared"
     curvature_bound = 2.0
@@ -99,7 +102,6 @@ class Squared:
         return self._each(z, y).double().sum()
 
     def decide(self, z: Tensor) -> Tensor:
-        """Classes; for regression use the outputs themselves."""
         return _class_of(z, 0.5)
 
     def targets(self, y: Tensor, num_outputs: int, dtype: torch.dtype) -> Tensor:
@@ -119,7 +121,7 @@ class Squared:
         return prox.squared(m, encode(y, m.shape[1], m.dtype), beta, dual)
 
     def check(self, task: Task, num_outputs: int) -> None:
-        return None
+        _need_outputs(self.name, task, num_outputs)
 
     def plain(self) -> Squared:
         return self
@@ -154,6 +156,7 @@ class Hinge:
         return torch.where(on, -(z < 1).to(z.dtype), (z > 0).to(z.dtype))
 
     def hessian_mv(self, z: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        """0: the hinge is piecewise linear. A method that divides by curvature needs another source of it."""
         return torch.zeros_like(v)
 
     def prox(self, m: Tensor, y: Tensor, beta: float, dual: Tensor | None = None) -> Tensor:
@@ -161,6 +164,7 @@ class Hinge:
 
     def check(self, task: Task, num_outputs: int) -> None:
         _need_classes(self.name, task)
+        _need_outputs(self.name, task, num_outputs)
 
     def plain(self) -> Hinge:
         return self
@@ -171,16 +175,21 @@ class Logistic:
     """Logistic loss of one output for two classes: log(1 + exp(z)) - y z."""
 
     label_smoothing: float = 0.0
-    """Targets become y (1 - smoothing) + smoothing / 2."""
+    """In [0, 1): targets become y (1 - smoothing) + smoothing / 2."""
 
     name = "logistic"
     curvature_bound = 0.25
+
+    def __post_init__(self) -> None:
+        _need_part(self.name, self.label_smoothing)
 
     def targets(self, y: Tensor, num_outputs: int, dtype: torch.dtype) -> Tensor:
         return encode(y, num_outputs, dtype) * (1 - self.label_smoothing) + self.label_smoothing / 2
 
     def _each(self, z: Tensor, y: Tensor) -> Tensor:
-        return (F.softplus(z) - self.targets(y, z.shape[1], z.dtype) * z).sum(1)
+        # softplus(z) - y z cancels where a row is right and sure of it, as torch's own two forms do: it would cost 0.
+        targets = self.targets(y, z.shape[1], z.dtype)
+        return -(targets * F.logsigmoid(z) + (1 - targets) * F.logsigmoid(-z)).sum(1)
 
     def __call__(self, z: Tensor, y: Tensor) -> Tensor:
         return _mean(self._each(z, y))
@@ -202,9 +211,10 @@ class Logistic:
         return prox.logistic(m, self.targets(y, m.shape[1], m.dtype), beta, dual)
 
     def check(self, task: Task, num_outputs: int) -> None:
+        _need_classes(self.name, task)
         if task != "binary" or num_outputs != 1:
             raise CannotTrain(
-                f"the logistic loss is for two classes and one output, not {task} with {num_outputs}; use softmax"
+                f"the logistic loss is for two classes and one output, this is {task} with {num_outputs}; use softmax"
             )
 
     def plain(self) -> Logistic:
@@ -216,10 +226,13 @@ class Softmax:
     """Softmax cross-entropy of k >= 2 outputs."""
 
     label_smoothing: float = 0.0
-    """Targets become y (1 - smoothing) + smoothing / k, as in torch."""
+    """In [0, 1): targets become y (1 - smoothing) + smoothing / k, as in torch."""
 
     name = "softmax"
     curvature_bound = 0.5
+
+    def __post_init__(self) -> None:
+        _need_part(self.name, self.label_smoothing)
 
     def targets(self, y: Tensor, num_outputs: int, dtype: torch.dtype) -> Tensor:
         return encode(y, num_outputs, dtype) * (1 - self.label_smoothing) + self.label_smoothing / num_outputs
@@ -257,6 +270,18 @@ def _need_classes(name: str, task: Task) -> None:
         raise CannotTrain(f"the {name} loss is for classes and the targets are real numbers; use squared")
 
 
+def _need_outputs(name: str, task: Task, num_outputs: int) -> None:
+    if task == "multiclass" and num_outputs < 2:
+        raise CannotTrain(
+            f"the {name} loss of more than two classes needs an output for each class, the network has {num_outputs}"
+        )
+
+
+def _need_part(name: str, smoothing: float) -> None:
+    if not 0 <= smoothing < 1:
+        raise BadInput(f"the {name} loss: label_smoothing must be in [0, 1), got {smoothing}")
+
+
 NAMES: dict[str, type[Squared | Hinge | Logistic | Softmax]] = {
     "squared": Squared,
     "hinge": Hinge,
@@ -266,11 +291,15 @@ NAMES: dict[str, type[Squared | Hinge | Logistic | Softmax]] = {
 _AUTO: dict[Task, str] = {"binary": "logistic", "multiclass": "softmax", "regression": "squared"}
 
 
-def named(name: str) -> Loss:
-    """The loss of that name. Raises BadInput for an unknown one."""
+def named(name: str, **settings: float) -> Loss:
+    """The loss of that name with those settings. Raises BadInput for an unknown name, setting or value."""
     if name not in NAMES:
         raise BadInput(f"no loss {name!r}; there are {', '.join(NAMES)}")
-    return NAMES[name]()
+    known = [field.name for field in fields(NAMES[name])]
+    for setting in settings:
+        if setting not in known:
+            raise BadInput(f"the {name} loss has no setting {setting!r}; it has {', '.join(known) or 'none'}")
+    return NAMES[name](**settings)
 
 
 def auto(task: Task) -> Loss:

@@ -32,6 +32,7 @@ class Network:
         """d_0, ..., d_L."""
         return [self.linears[0].in_features, *(linear.out_features for linear in self.linears)]
 
+    @torch.no_grad()
     def weights(self) -> list[Tensor]:
         """[W, b] of each layer, (d_l, d_{l-1} + 1) copies; (d_l, d_{l-1}) where there is no bias."""
         return [

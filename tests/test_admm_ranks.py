@@ -163,7 +163,6 @@ def test_the_bytes_of_a_sweep_are_those_of_the_formula_whatever_the_rows(loss: s
         found = threads(3, partial(_bytes, loss=loss, rows=rows, acceleration=acceleration))
         layers = 2 if loss == "squared" else 3
         for rank in found:
-            kept = loss == "softmax"  # its first step has been through a direction pass, without the features' Gram
             for number, (sent, rounds, metrics) in enumerate(rank[1:], start=1):
                 moves = layers * (2 if acceleration and number > 1 and rank[number - 1][2]["accepted"] else 1)
                 assert sent == _expected_bytes(metrics, moves, WIDTHS, losses.named(loss), number == 1)

@@ -1,4 +1,4 @@
-"""ADMM tile by tile: the size of a tile, the order of rows and the precision do not matter, and nothing is kept a row."""
+"""ADMM tile by tile: size of a tile, order of rows and precision do not matter, and nothing is kept a row."""
 
 from __future__ import annotations
 
@@ -118,9 +118,7 @@ def test_features_of_any_kind_are_read_as_they_are() -> None:
     generator = torch.Generator().manual_seed(0)
     pictures = torch.randint(0, 256, (211, 3, 5), generator=generator, dtype=torch.uint8)
     y = torch.randint(4, (211,), generator=generator)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(15, 7), nn.ReLU(), nn.Linear(7, 4)).double()
-    whole = nn.Sequential(nn.Flatten(), nn.Linear(15, 7), nn.ReLU(), nn.Linear(7, 4)).double()
-    whole.load_state_dict(model.state_dict())
+    model, whole = (nn.Sequential(nn.Flatten(), chain(15, 7, 4)) for _ in range(2))
     sweeps(bind(model, tile=64), Batch(pictures, y), 3)
     sweeps(bind(whole), Batch(pictures.double(), y), 3)
     close(flat(model), flat(whole))

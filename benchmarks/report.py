@@ -44,9 +44,9 @@ def write(name: str, title: str, sections: Sequence[tuple[str, Sequence[str], Se
         f"{torch.get_num_threads()} threads",
     ]
     for text, header, rows in sections:
-        lines += ["", text, ""]
+        lines += ["", text] if text else []
         if header:
-            lines += ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+            lines += ["", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
             lines += ["| " + " | ".join(show(cell) for cell in row) + " |" for row in rows]
     text = "\n".join(lines) + "\n"
     RESULTS.mkdir(exist_ok=True)

@@ -75,7 +75,7 @@ def bundled(name: str = "digits", dtype: torch.dtype = torch.float32) -> Dataset
     return data.load(name, dtype=dtype)
 
 
-def tests_of(found: Dataset) -> Batch:
+def held_out(found: Dataset) -> Batch:
     assert found.test is not None
     return found.test
 

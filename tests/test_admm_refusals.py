@@ -47,6 +47,11 @@ class _Residual(nn.Module):
         return x + self.inner(x)
 
 
+class _Skipping(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
 class _Scaled(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return 2 * super().forward(x)
@@ -107,6 +112,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
         "res",
         OTHERS,
     ),
+    "a sequence with a way around it": (_around("skip", _Skipping(nn.ReLU(), nn.Linear(7, 7))), "skip", OTHERS),
     "a subclass of linear": (
         lambda: nn.Sequential(OrderedDict(one=_Scaled(5, 7), act=nn.ReLU(), last=nn.Linear(7, 2))),
         "one",
@@ -193,6 +199,8 @@ def test_the_published_penalties_do_not_warn() -> None:
     assert ADMM(mode="taylor2016").gamma is None
     # the paper's gamma is 10, so a beta of 2 is well below it
     ADMM(mode="taylor2016", beta=2.0)
+    with pytest.warns(UserWarning, match=r"gamma \(10\) below beta \(20\)"):
+        ADMM(mode="taylor2016", beta=20.0)
     ADMM(gamma=10.0, beta=1.0)
     ADMM(gamma=2.0, beta=2.0)
 

@@ -73,6 +73,16 @@ def test_the_penalised_refit_of_the_output_layer_is_the_first_gain() -> None:
     assert second["loss"] == pytest.approx(first["loss"], rel=1e-11)  # without a ridge, refitting is idempotent
 
 
+@pytest.mark.parametrize("mode", ["resynchronised", "taylor2016"])
+def test_no_gradient_of_the_network_is_computed(mode: str) -> None:
+    model = chain(5, 9, 7, 4)
+    training = bind(model, losses.named("softmax"), mode=mode)
+    for _ in range(3):
+        metrics = training.step(quarters())
+    assert all(p.grad is None and p.requires_grad and p.is_leaf for p in model.parameters())
+    assert not any(value.requires_grad for value in metrics.values())
+
+
 # -- resuming ----------------------------------------------------------------------------------------------------------
 
 
@@ -248,6 +258,17 @@ def test_linear_layers_in_a_row_train_as_if_an_identity_stood_between_them() -> 
     sweeps(bind(plain), batch, 4)
     sweeps(bind(spelled), batch, 4)
     assert torch.equal(flat(plain), flat(spelled))
+
+
+@pytest.mark.parametrize("mode", ["resynchronised", "taylor2016"])
+def test_one_activation_module_may_stand_in_many_places(mode: str) -> None:
+    batch, act = curved(), nn.ReLU()
+    apart = chain(5, 7, 8, 2)
+    shared = nn.Sequential(*(act if isinstance(layer, nn.ReLU) else layer for layer in chain(5, 7, 8, 2)))
+    sweeps(bind(apart, mode=mode), batch, 4)
+    last = sweeps(bind(shared, mode=mode), batch, 4)[-1]
+    assert torch.equal(flat(shared), flat(apart))
+    assert last["loss"] == pytest.approx(deployed_loss(shared, losses.named("squared"), batch), rel=1e-10)
 
 
 def test_activations_may_differ_from_layer_to_layer() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ def _bind(model: nn.Module, loss: Any = HINGE, **settings: Any) -> Any:
 def _unbiased(*widths: int, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
     """As in the paper: no biases."""
     layers: list[nn.Module] = []
-    for l, (fan_in, fan_out) in enumerate(zip(widths, widths[1:], strict=False)):
+    for l, (fan_in, fan_out) in enumerate(pairwise(widths)):
         linear = nn.utils.skip_init(nn.Linear, fan_in, fan_out, bias=False, dtype=torch.float64)
         with torch.no_grad():
             linear.weight.copy_(randn(fan_out, fan_in, seed=l) * (2 / fan_in) ** 0.5)
@@ -138,6 +139,31 @@ def test_each_update_is_the_published_formula() -> None:
     training.update_output(batch.y)
     m = training.forward(2)
     close(training.z[-1], HINGE.prox(m, batch.y, 1.0, training.dual))
+
+
+def test_alternating_updates_of_a_linear_network_converge_to_the_joint_least_squares() -> None:
+    batch = Batch(randn(53, 6), randn(53, 2, seed=4))
+    training = _bind(_unbiased(6, 5, 2, activation=nn.Identity), losses.named("squared"), gamma=3.0, beta=2.0)
+    training.step(batch)
+    for _ in range(2000):
+        training.update_a(1)
+        training.update_z(0)
+        training.update_output(batch.y)
+    lower, upper = training.weights
+    eye, none = partial(torch.eye, dtype=torch.float64), partial(torch.zeros, dtype=torch.float64)
+    # unknowns a (5), z_1 (5), z_2 (2) of a sample, and a row for each square of the objective
+    system = torch.cat(
+        [
+            3**0.5 * torch.cat([eye(5), -eye(5), none(5, 2)], 1),
+            2**0.5 * torch.cat([none(5, 5), eye(5), none(5, 2)], 1),
+            2**0.5 * torch.cat([-upper, none(2, 5), eye(2)], 1),
+            torch.cat([none(2, 10), eye(2)], 1),
+        ]
+    )
+    right = torch.cat([none(53, 5), 2**0.5 * batch.x @ lower.t(), none(53, 2), batch.y], 1)
+    best = torch.linalg.lstsq(system, right.t()).solution.t()
+    found = torch.cat([training.a[1], training.z[0], training.z[1]], 1)
+    torch.testing.assert_close(found, best, rtol=0, atol=1e-8)
 
 
 def test_the_bias_is_taken_out_of_the_activation_update() -> None:

@@ -80,10 +80,9 @@ class ADMM:
                 raise BadInput(f"{name} must not be negative, got {getattr(self, name)}")
         if self.max_trials < 1 or (self.tile is not None and self.tile < 1):
             raise BadInput(f"max_trials and tile count from 1, got {self.max_trials} and {self.tile}")
-        if (self.gamma or 1.0) < self.beta:
-            warnings.warn(
-                f"ADMM does badly with gamma ({self.gamma or 1.0:g}) below beta ({self.beta:g})", stacklevel=3
-            )
+        gamma = self.gamma or (10.0 if self.mode == "taylor2016" else 1.0)
+        if gamma < self.beta:
+            warnings.warn(f"ADMM does badly with gamma ({gamma:g}) below beta ({self.beta:g})", stacklevel=3)
 
     def bind(self, model: nn.Module, loss: Loss, *, group: Group | None = None) -> Training[Batch]:
         """ADMM at work on a chain of nn.Linear and element-wise activations; rows are sharded over the ranks.

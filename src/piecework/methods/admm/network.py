@@ -83,8 +83,9 @@ def read(model: nn.Module) -> Network:
 
 
 def _flat(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    if isinstance(module, nn.Sequential):
-        for key, child in module.named_children():
+    if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
+        for key, child in module._modules.items():  # named_children() would leave out a layer's second use
+            assert child is not None
             yield from _flat(child, f"{name}.{key}" if name else key)
     else:
         yield name or "the model", module

@@ -132,16 +132,17 @@ def _triangle(size: int) -> int:
 
 
 def _expected_bytes(metrics: dict[str, float], moves: int, widths: Sequence[int], loss: Loss, first: bool) -> int:
-    """Bytes of one sweep by the formula: direction pass, line pass, trials, and one byte of a vote.
+    """Bytes of one sweep by the formula: direction pass, line pass and trials, the last two numbers of a
+    direction pass and of a trial being the loss with "other rows" and the loss with the count of rows.
 
     first: whether the Gram matrix of the features is still to be summed (it is kept afterwards)."""
     sizes, outputs = [d + 1 for d in widths[:-1]], widths[-1]
     exact = loss.name == "squared"
     summed = sizes[0 if first else 1 : -1 if exact else None]
-    direction = sum(d * s for s, d in zip(sizes, widths[1:], strict=True)) + sum(map(_triangle, summed)) + 1
+    direction = sum(d * s for s, d in zip(sizes, widths[1:], strict=True)) + sum(map(_triangle, summed)) + 2
     line = moves + moves**2 + moves * outputs * sizes[-1]
-    trial = _triangle(sizes[-1]) + outputs * sizes[-1] + 1 if exact else 1
-    return 8 * (direction + line + int(metrics["trials"]) * trial) + 1
+    trial = _triangle(sizes[-1]) + outputs * sizes[-1] + 2 if exact else 2
+    return 8 * (direction + line + int(metrics["trials"]) * trial)
 
 
 def _bytes(group: Group, *, loss: str, rows: int, acceleration: bool) -> list[tuple[int, int, dict[str, float]]]:
@@ -166,13 +167,13 @@ def test_the_bytes_of_a_sweep_are_those_of_the_formula_whatever_the_rows(loss: s
             for number, (sent, rounds, metrics) in enumerate(rank[1:], start=1):
                 moves = layers * (2 if acceleration and number > 1 and rank[number - 1][2]["accepted"] else 1)
                 assert sent == _expected_bytes(metrics, moves, WIDTHS, losses.named(loss), number == 1)
-                assert rounds == 3 + metrics["trials"]  # a vote, two passes, and one round a trial
+                assert rounds == 2 + metrics["trials"]  # two passes, and one round a trial
 
 
 def test_the_first_step_sends_one_gram_and_one_cross_product() -> None:
     sent, rounds, _ = threads(3, partial(_bytes, loss="squared", rows=211, acceleration=True))[1][0]
-    assert sent == 1 + 8 + 8 * (_triangle(8) + 4 * 8 + 1)  # a vote, the number of rows, the fit of the output layer
-    assert rounds == 3
+    assert sent == 8 * (_triangle(8) + 4 * 8 + 2)  # the fit of the output layer, and the number of rows
+    assert rounds == 1
 
 
 def test_alone_nothing_is_sent() -> None:

@@ -169,6 +169,21 @@ def test_with_the_multiplier_the_network_learns_too(loss: str) -> None:
     assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
 
 
+@pytest.mark.parametrize("activation", ["relu", "sign"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_multiplier_stands_still_in_the_first_step_and_moves_once_in_the_next(loss: str, activation: str) -> None:
+    kind, batch, widths = _problem(loss)
+    training = bind(chain(*widths, activation=activation), kind, multiplier=True, tile=64)
+    training.step(batch)
+    assert not training.state_dict()["dual"].any()
+    with torch.no_grad():
+        outputs = training.model(batch.x)
+    training.step(batch)
+    y = kind.targets(batch.y, widths[-1], torch.float64)
+    moved = 2 * training.method.beta * (kind.prox(outputs, y, training.method.beta) - outputs)
+    torch.testing.assert_close(training.state_dict()["dual"], moved, rtol=0, atol=1e-10)
+
+
 # -- other rows --------------------------------------------------------------------------------------------------------
 
 
@@ -196,17 +211,19 @@ def test_a_new_batch_object_with_the_same_rows_goes_on() -> None:
     assert torch.equal(flat(one.model), flat(other.model))
 
 
-def test_other_rows_on_one_rank_start_all_ranks_afresh() -> None:
-    def work(group: Group) -> list[float]:
-        training = bind(chain(5, 9, 4), group=group)
-        mine = quarters(60, seed=group.rank)
-        sweeps(training, mine, 2)
-        if group.rank == 1:
-            mine = quarters(33, seed=7)
-        return [row["trials"] for row in sweeps(training, mine, 2)]
+@pytest.mark.parametrize("settings", [{}, {"multiplier": True}])
+def test_other_rows_on_one_rank_start_all_ranks_afresh(settings: dict[str, Any]) -> None:
+    def work(group: Group) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
+        model, twin = chain(5, 9, 4), chain(5, 9, 4)
+        training = bind(model, group=group, **settings)
+        sweeps(training, quarters(60, seed=group.rank), 2)
+        twin.load_state_dict(model.state_dict())
+        mine = quarters(33, seed=7) if group.rank == 1 else quarters(60)
+        return sweeps(training, mine, 3), sweeps(bind(twin, group=group, **settings), mine, 3)
 
-    for trials in threads(2, work, timeout=30):
-        assert trials[0] == 0  # the refit of the output layer, which every run begins with
+    for rows, expected in threads(2, work, timeout=30):
+        assert rows[0].pop("passes") == expected[0].pop("passes") + 1  # the pass that brought the news
+        assert rows == expected
 
 
 def test_a_stalled_run_costs_nothing_and_other_rows_wake_it() -> None:

@@ -41,13 +41,16 @@ class OutputLoss:
         """The curvature at the outputs times t, (n, k)."""
         return t * (2 * self.beta) if self._envelope else self.loss.hessian_mv(z, y, t)
 
-    def displacement(self, m: Tensor, y: Tensor, rows: slice) -> Tensor:
-        """t - m, (n, k); with a multiplier it is moved on first: dual += 2 beta (t - m), the coupled form."""
+    def displacement(self, m: Tensor, y: Tensor, rows: slice, *, move_dual: bool = True) -> Tensor:
+        """t - m, (n, k); with a multiplier it is moved on first: dual += 2 beta (t - m), the coupled form.
+
+        move_dual: False for a pass that only measures, so that the multiplier moves once a sweep."""
         if self.dual is None:
             return self.loss.prox(m, y, self.beta) - m
         dual = self.dual[rows]
         gap = self.loss.prox(m, y, self.beta, dual) - m
-        dual += 2 * self.beta * gap
+        if move_dual:
+            dual += 2 * self.beta * gap
         return gap + dual / (2 * self.beta)
 
     def keep_dual(self, rows: int, device: torch.device) -> None:

@@ -26,6 +26,7 @@ class Fit:
     """(d_L, d + 1) of targets with inputs."""
     square: float
     """Sum of squared targets."""
+    rows: int
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Directions:
     """(d_l, d_{l-1} + 1) of displacements with inputs; for the output layer, of minus the loss's gradient with them."""
     grams: list[Tensor | None]
     """(d_{l-1} + 1, d_{l-1} + 1) of the inputs, a layer each; None where it was not asked for."""
+    other_rows: bool
+    """Whether any rank said that it works on other rows than before."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def fit_output(tiles: Tiles, batch: Batch, weights: list[Tensor], loss: OutputLo
     last = len(weights) - 1
     gram = GramSum(tiles.a[last].shape[1], dtype=tiles.dtype, device=tiles.device)
     cross = tiles.zeros(tiles.widths[-1], tiles.a[last].shape[1])
-    square = tiles.zeros(1)
+    square, count = tiles.zeros(1), tiles.zeros(1) + len(batch)
     for x, y, _ in tiles.of(batch):
         tiles.hidden(x, weights)
         a = tiles.a[last][: len(x)]
@@ -83,8 +86,8 @@ def fit_output(tiles: Tiles, batch: Batch, weights: list[Tensor], loss: OutputLo
         gram.add(a)
         cross += targets.t() @ a
         square += targets.double().square().sum()
-    sum_packed(group, [gram.total], [cross, square])
-    return Fit(gram.total, cross, float(square))
+    sum_packed(group, [gram.total], [cross, square, count])
+    return Fit(gram.total, cross, float(square), int(count))
 
 
 def directions(
@@ -96,14 +99,18 @@ def directions(
     *,
     gains: list[Tensor],
     skip: set[int],
+    move_dual: bool = True,
+    other_rows: bool = False,
 ) -> Directions:
-    """One pass: forward, targets backward; cross products of all layers and Grams of those not in `skip`."""
+    """One pass: forward, targets backward; cross products of all layers and Grams of those not in `skip`.
+
+    other_rows: this rank's word on whether its rows changed; it travels with the sums and costs no message."""
     size = [a.shape[1] for a in tiles.a]
     grams = {l: GramSum(size[l], dtype=tiles.dtype, device=tiles.device) for l in range(len(weights)) if l not in skip}
     crosses = [
         torch.zeros(len(w), s, dtype=torch.float64, device=tiles.device) for w, s in zip(weights, size, strict=True)
     ]
-    total = tiles.zeros(1)
+    total, changed = tiles.zeros(1), tiles.zeros(1) + float(other_rows)
     for spread in tiles.spread.values():
         spread.zero_()
     for x, y, rows in tiles.of(batch):
@@ -111,13 +118,13 @@ def directions(
         m = tiles.forward(x, weights)
         total += loss.total(m, y)
         crosses[-1] += loss.fall(m, y).t() @ tiles.a[-1][:n]
-        for l, e in tiles.displacements(loss.displacement(m, y, rows), gains):
+        for l, e in tiles.displacements(loss.displacement(m, y, rows, move_dual=move_dual), gains):
             crosses[l] += e.t() @ tiles.a[l][:n]
         for l, gram in grams.items():
             gram.add(tiles.a[l][:n])
     found = [grams[l].total if l in grams else None for l in range(len(weights))]
-    sum_packed(group, [g for g in found if g is not None], [*crosses, total, *tiles.spread.values()])
-    return Directions(float(total), crosses, found)
+    sum_packed(group, [g for g in found if g is not None], [*crosses, total, changed, *tiles.spread.values()])
+    return Directions(float(total), crosses, found, float(changed) > 0)
 
 
 def line(
@@ -147,10 +154,10 @@ def line(
     return Line(slope, curvature, crosses)
 
 
-def total_loss(tiles: Tiles, batch: Batch, weights: list[Tensor], loss: OutputLoss, group: Group) -> float:
-    """One pass: the total loss of the deployed network."""
-    total = tiles.zeros(1)
+def total_loss(tiles: Tiles, batch: Batch, weights: list[Tensor], loss: OutputLoss, group: Group) -> tuple[float, int]:
+    """One pass: the total loss of the deployed network, and the number of rows it is of."""
+    total, count = tiles.zeros(1), tiles.zeros(1) + len(batch)
     for x, y, _ in tiles.of(batch):
         total += loss.total(tiles.forward(x, weights), y)
-    sum_packed(group, [], [total])
-    return float(total)
+    sum_packed(group, [], [total, count])
+    return float(total), int(count)

@@ -34,6 +34,10 @@ CALM = 0.7
 """What a sweep without a gain leaves of it."""
 
 
+class _OtherRows(Exception):
+    """A rank brought other rows: what was learnt of the old ones (Gram matrices, momentum) is void."""
+
+
 class Resynchronised:
     """ADMM's default mode at work on one model. Between sweeps it keeps weights only, and no number a sample."""
 
@@ -60,6 +64,7 @@ class Resynchronised:
         self._gram: Tensor | None = None
         self._input_gram: Tensor | None = None
         self._batch: tuple[int, int, int] | None = None
+        self._other_rows = False
         self._held: Batch | None = None
         self._passes = self._trials = 0
         self._stalled = False
@@ -78,12 +83,15 @@ class Resynchronised:
         """One sweep. The first one refits the output layer only: the start from which hidden layers are judged."""
         self._passes = self._trials = 0
         self._weights = self._network.weights()
-        first = self._meet(batch)
         before = self._total
-        if first:
-            steps = self._first_fit(batch)
-        else:
-            steps = {} if self._stalled else self._sweep(batch)
+        self._meet(batch)
+        first = before is None
+        if self._stalled or self.group.size == 1:  # no message of this sweep would carry the news
+            first = self.group.any(first or self._other_rows)
+        try:
+            steps = self._first_fit(batch) if first else {} if self._stalled else self._sweep(batch)
+        except _OtherRows:
+            first, steps = True, self._first_fit(batch)
         self._network.assign(self._weights)
         assert self._total is not None
         figures = {
@@ -126,26 +134,24 @@ class Resynchronised:
 
     # -- the sweep ---------------------------------------------------------------------------------------------------
 
-    def _meet(self, batch: Batch) -> bool:
-        """Whether the sweep starts afresh: at the start, and when the caller brings other rows than last time."""
+    def _meet(self, batch: Batch) -> None:
+        """See whether the caller brings other rows than last time; `_other_rows` is this rank's word, not yet all's."""
         key = (batch.x.data_ptr(), batch.y.data_ptr(), len(batch))
-        changed = self._batch is not None and self._batch != key
-        fresh = self.group.any(self._total is None or changed)
+        self._other_rows = self._batch is not None and self._batch != key
         self._batch, self._held = key, batch  # held, so that no other rows can take this address
-        if fresh:
-            rows = torch.tensor([float(len(batch))], dtype=torch.float64)
-            self.group.sum_(rows)
-            self._rows = int(rows)
-            self._input_gram, self._gram, self._stalled = None, None, False
-            self._momentum = [None] * len(self._weights)
-            if self.method.multiplier:
-                self._output.keep_dual(len(batch), self._tiles.device)
-        return fresh
+        if self._other_rows and self._output.dual is not None:
+            self._output.keep_dual(len(batch), self._tiles.device)
 
     def _first_fit(self, batch: Batch) -> dict[int, float]:
+        """Start afresh on these rows: fit the output layer and leave the hidden layers alone."""
+        self._other_rows, self._stalled = False, False
+        self._input_gram, self._gram = None, None
+        self._momentum = [None] * len(self._weights)
+        if self.method.multiplier:
+            self._output.keep_dual(len(batch), self._tiles.device)
         if self._output.exact:
-            fit = self._refit(batch, self._weights)
-            self._accept(*fit)
+            self._accept(*self._refit(batch, self._weights))
+            self._stalled = len(self._weights) == 1  # solved
             return {}
         self._total = self._loss(batch, self._weights)
         last = len(self._weights) - 1
@@ -158,9 +164,6 @@ class Resynchronised:
         return {}
 
     def _sweep(self, batch: Batch, only: int | None = None) -> dict[int, float]:
-        if len(self._weights) == 1 and self._output.exact:  # solved by the first fit
-            self._stalled = True
-            return {}
         restarted = all(p is None for p in self._momentum)
         moves, searched, found = self._moves(batch, only)
         steps = self._steps(batch, moves, found) if moves else []
@@ -216,14 +219,24 @@ class Resynchronised:
         """The direction pass; at activations that jump, a' - h(z) is scaled so that JUMP times its root mean square is
         one. A first pass measures it, then every pass serves the next."""
         if gains and self._tiles.spread and not self._scaled:
-            nothing = set(range(len(self._weights)))
-            passes.directions(self._tiles, batch, self._weights, self._output, self.group, gains=gains, skip=nothing)
-            self._passes += 1
+            self._direction_pass(batch, gains, set(range(len(self._weights))), move_dual=False)
             self._rescale()
-        found = passes.directions(self._tiles, batch, self._weights, self._output, self.group, gains=gains, skip=skip)
-        self._passes += 1
+        found = self._direction_pass(batch, gains, skip, move_dual=bool(gains))
         if gains:
             self._rescale()
+        return found
+
+    def _direction_pass(
+        self, batch: Batch, gains: list[Tensor], skip: set[int], *, move_dual: bool
+    ) -> passes.Directions:
+        """Raises _OtherRows on all ranks where any rank works on other rows than before."""
+        found = passes.directions(
+            self._tiles, batch, self._weights, self._output, self.group,
+            gains=gains, skip=skip, move_dual=move_dual, other_rows=self._other_rows,
+        )  # fmt: skip
+        self._passes += 1
+        if found.other_rows:
+            raise _OtherRows
         return found
 
     def _rescale(self) -> None:
@@ -292,7 +305,7 @@ class Resynchronised:
     def _refit(self, batch: Batch, weights: list[Tensor]) -> tuple[float, Tensor, Tensor]:
         """One pass: the least-squares output layer at these hidden weights, and the total loss with it."""
         fit = passes.fit_output(self._tiles, batch, weights, self._output, self.group)
-        self._passes += 1
+        self._passes, self._rows = self._passes + 1, fit.rows
         output = self._solve(fit.gram, fit.cross, self._output_ridge(fit.gram)).to(weights[-1].dtype)
         w = output.double()
         total = fit.square - 2 * float((w * fit.cross).sum()) + float((w @ fit.gram * w).sum())
@@ -300,7 +313,7 @@ class Resynchronised:
 
     def _loss(self, batch: Batch, weights: list[Tensor]) -> float:
         self._passes += 1
-        total = passes.total_loss(self._tiles, batch, weights, self._output, self.group)
+        total, self._rows = passes.total_loss(self._tiles, batch, weights, self._output, self.group)
         return total if math.isfinite(total) else math.inf
 
     def _output_ridge(self, gram: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import argparse
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -20,6 +21,8 @@ import piecework
 import report
 from piecework import ADMM, CG, LBFGS, SGD, Adam, History, data, floors, losses
 from piecework.nn import Standardise
+
+Recipe = TypeVar("Recipe", bound=piecework.Method)
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,9 @@ RACES = {
     "mnist": Race((300, 300), 0.95, 12, 60.0, 128, (1, 12)),
     "fashion-mnist": Race((300, 300), 0.87, 12, 60.0, 128, (1, 12)),
 }
-RATES = (3e-4, 1e-3, 3e-3, 1e-2)
-SGD_RATES = (0.01, 0.03, 0.1, 0.3)
+RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+DECAYS = (0.0, 0.01, 0.1, 1.0)
+SGD_RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
 
 
 def model(set_: data.Dataset, race: Race, seed: int) -> nn.Module:
@@ -55,7 +59,7 @@ def run(
     return piecework.fit(training, set_, loss=loss, batch_size=race.batch_size, seed=seed, **limits)
 
 
-def tune(recipes: list[piecework.Method], loss: losses.Loss, set_: data.Dataset, race: Race) -> piecework.Method:
+def tune(recipes: list[Recipe], loss: losses.Loss, set_: data.Dataset, race: Race) -> Recipe:
     """The recipe with the best validation score of any row, each given a third of the seconds; seed 100."""
     scores = []
     for recipe in recipes:
@@ -84,13 +88,14 @@ def main() -> None:
         race = replace(race, seconds=arguments.seconds)
     set_ = data.load(arguments.data, validation=0.1)
     squared, usual = losses.named("squared"), losses.auto(set_.task)
-    adams: list[piecework.Method] = [Adam(lr=lr) for lr in RATES]
-    sgds: list[piecework.Method] = [SGD(lr=lr) for lr in SGD_RATES]
     print(f"{arguments.data}: tuning", flush=True)
+    adam = tune([Adam(lr=lr) for lr in RATES], usual, set_, race)
+    adam = tune([replace(adam, weight_decay=decay) for decay in DECAYS], usual, set_, race)
+    sgd = tune([SGD(lr=lr) for lr in SGD_RATES], usual, set_, race)
     entries: list[tuple[str, piecework.Method, losses.Loss]] = [
         ("admm", ADMM(), squared),
-        ("adam", tune(adams, usual, set_, race), usual),
-        ("sgd", tune(sgds, usual, set_, race), usual),
+        ("adam", adam, usual),
+        ("sgd", sgd, usual),
         ("lbfgs", LBFGS(), usual),
         ("lbfgs, squared loss", LBFGS(), squared),
         ("cg", CG(), usual),
@@ -108,10 +113,10 @@ def main() -> None:
             print(f"  {name} seed {seed}: {time.perf_counter() - began:.0f} s", flush=True)
         chosen = [h.best for h in histories]
         times[name] = report.median([first(h, race.target) for h in histories])
-        rate = getattr(method, "lr", None)
+        rate, decay = getattr(method, "lr", None), getattr(method, "weight_decay", 0.0)
         rows.append(
             [
-                f"{name} (lr {rate:g})" if rate else name,
+                f"{name} (lr {rate:g}" + (f", weight decay {decay:g})" if decay else ")") if rate else name,
                 loss.name,
                 report.spread([row["test"]["score"] if row else None for row in chosen]),
                 report.spread([h.rows[-1]["test"]["score"] for h in histories]),
@@ -139,7 +144,7 @@ def main() -> None:
         [
             (f"{len(set_.train)} training rows, {len(set_.validation or [])} validation rows, "
              f"{len(set_.test or [])} test rows; seeds 0..{arguments.seeds - 1}, medians [range]; learning rates "
-             f"chosen on validation from {RATES} (adam) and {SGD_RATES} (sgd), batch size {race.batch_size}; seconds "
+             f"chosen on validation from {RATES} (adam, then its weight decay from {DECAYS}) and {SGD_RATES} (sgd), batch size {race.batch_size}; seconds "
              "are training seconds.", [], []),
             ("", ["method", "loss", "test accuracy at the step chosen on validation", "test accuracy at the end",
                   "train accuracy at the end", "steps", "seconds", f"seconds to test {race.target}"], rows),

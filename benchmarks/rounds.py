@@ -48,7 +48,7 @@ def main() -> None:
     set_ = data.load("higgs")
     entries = [("admm", ADMM(), losses.named("squared"), 4, 40)]
     for batch_size in (256, 1024, 4096, 16384):
-        for lr in (1e-3, 3e-3, 1e-2, 3e-2):
+        for lr in (1e-3, 3e-3, 1e-2, 3e-2, 1e-1):
             entries.append(
                 (f"adam, batch {batch_size}, lr {lr:g}", Adam(lr=lr), losses.named("logistic"), batch_size, 30)
             )

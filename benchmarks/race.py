@@ -144,7 +144,8 @@ def main() -> None:
         [
             (f"{len(set_.train)} training rows, {len(set_.validation or [])} validation rows, "
              f"{len(set_.test or [])} test rows; seeds 0..{arguments.seeds - 1}, medians [range]; learning rates "
-             f"chosen on validation from {RATES} (adam, then its weight decay from {DECAYS}) and {SGD_RATES} (sgd), batch size {race.batch_size}; seconds "
+             f"chosen on validation from {RATES} (adam, then its weight decay from {DECAYS}) and "
+             f"{SGD_RATES} (sgd), batch size {race.batch_size}; seconds "
              "are training seconds.", [], []),
             ("", ["method", "loss", "test accuracy at the step chosen on validation", "test accuracy at the end",
                   "train accuracy at the end", "steps", "seconds", f"seconds to test {race.target}"], rows),

@@ -346,9 +346,11 @@ class _Unused(nn.Module):
 
 @pytest.mark.parametrize("recipe", [SGD(), Adam()], ids=["sgd", "adam"])
 def test_what_it_cannot_train_is_refused_in_a_sentence(recipe: SGD | Adam) -> None:
+    twice = Sign()
     for model, words in (
         (nn.Flatten(), "nothing to train"),
         (nn.Sequential(nn.Linear(5, 4), Sign(), nn.Linear(4, 2)), r"layer 1 \(Sign\)"),
+        (nn.Sequential(twice, nn.Linear(5, 4), twice, nn.Linear(4, 2)), r"layer 2 \(Sign\)"),
         (nn.LazyLinear(3), "no shape yet"),
     ):
         with pytest.raises(CannotTrain, match=words):

@@ -54,7 +54,7 @@ def feature_scaling(
     for j in np.flatnonzero((spread > 0) & (spread < 10 * kind.eps * np.abs(mean))) if narrowed else ():
         raise BadInput(
             f"{where}: {column(int(j), names)} varies by {spread[j]:.3g} around {mean[j]:.6g}, too little for "
-            f"{str(dtype).removeprefix('torch.')}; subtract an offset from it or give --dtype float64"
+            f"{str(dtype).removeprefix('torch.')}; subtract an offset from it or take dtype float64 (--dtype float64)"
         )
     for j in np.flatnonzero(~(np.isfinite(spread) & (spread <= kind.max) & (np.abs(mean) <= kind.max))):
         raise BadInput(f"{where}: {column(int(j), names)} has values too far apart to be standardised; rescale it")

@@ -71,7 +71,8 @@ def _sequence(model: nn.Module, name: str = "") -> list[tuple[str, nn.Module]]:
     if not isinstance(model, nn.Sequential):
         return [(name, model)]
     prefix = f"{name}." if name else ""
-    return [layer for child, module in model.named_children() for layer in _sequence(module, prefix + child)]
+    children = zip(model._modules, model, strict=True)  # named_children leaves out a layer's second use
+    return [layer for child, module in children for layer in _sequence(module, prefix + child)]
 
 
 def random_layers(model: nn.Module) -> list[str]:

@@ -16,9 +16,9 @@ help:
 	@echo "make clean  remove the virtual environment and the caches; runs/ stays"
 
 demo: $(VENV)/installed
-	@echo "Twelve runs of at most four training seconds each, most of them to tune the learning rates of Adam and SGD:"
+	@echo "Fourteen runs of at most four training seconds each, most of them to tune the learning rates of Adam and SGD:"
 	@folder=runs/demo-$$(date +%Y%m%d-%H%M%S) && $(RUN) -m piecework compare digits --hidden 100 50 \
-		--methods admm adam sgd lbfgs --tune lr=1e-3,1e-2,1e-1,3e-1 --seconds 4 --threads 1 --out $$folder && \
+		--methods admm adam sgd lbfgs --tune lr=3e-4,3e-3,3e-2,3e-1,1 --seconds 4 --threads 1 --out $$folder && \
 		echo "The figure is $$folder/compare.png"
 
 test: $(VENV)/installed-test

@@ -6,17 +6,16 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .options import CompareOptions
 from .parse import options, read, share_out
+from .results import Outcome
 
 if TYPE_CHECKING:
     from ..data import Dataset
     from ..group import Group
-    from ..history import History
     from ..progress import Progress
     from .plan import Plan
     from .running import Prepared
@@ -29,31 +28,6 @@ SECONDS = 10.0
 METHODS = ("admm", "adam", "lbfgs")
 VALIDATION = 0.1
 """The part of the training rows that --tune chooses by, unless another is given."""
-
-PICTURE, TABLE = "compare.png", "compare.json"
-
-
-@dataclass
-class Outcome:
-    """A finished run of a comparison. figures: its summary; best: the settings that were chosen for it, of those that
-    were tried; failed: why it has no figures."""
-
-    entry: Entry
-    seed: int
-    folder: Path
-    history: History | None
-    figures: dict[str, Any] = field(default_factory=dict)
-    best: dict[str, list[str]] = field(default_factory=dict)
-    tried: list[dict[str, Any]] = field(default_factory=list)
-    failed: str = ""
-
-    def summary(self, root: Path) -> dict[str, Any]:
-        """The summary of its run, and what the comparison adds."""
-        summary = dict(self.figures)
-        if self.tried:
-            summary["tuned"] = {option[2:]: ",".join(values) for option, values in self.best.items()}
-            summary["tried"] = self.tried
-        return {**summary, "label": self.entry.label, "run": str(self.folder.relative_to(root))}
 
 
 def compare_command(argv: Sequence[str]) -> int:

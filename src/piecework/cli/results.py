@@ -5,19 +5,45 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .tables import console, duration, figure, number, score_word, table
 
 if TYPE_CHECKING:
-    from .compare import Outcome
+    from ..history import History
+    from .specs import Entry
 
+PICTURE, TABLE = "compare.png", "compare.json"
 Floors = Sequence[dict[str, Any]]
 NARROW = 100
 """Columns of a terminal below which the table leaves out what the figure or compare.json show as well."""
 
 PARTS = ("train", "validation", "test")
+
+
+@dataclass
+class Outcome:
+    """A finished run of a comparison. figures: its summary; best: the settings that were chosen for it, of those that
+    were tried; failed: why it has no figures."""
+
+    entry: Entry
+    seed: int
+    folder: Path
+    history: History | None
+    figures: dict[str, Any] = field(default_factory=dict)
+    best: dict[str, list[str]] = field(default_factory=dict)
+    tried: list[dict[str, Any]] = field(default_factory=list)
+    failed: str = ""
+
+    def summary(self, root: Path) -> dict[str, Any]:
+        """The summary of its run, and what the comparison adds."""
+        summary = dict(self.figures)
+        if self.tried:
+            summary["tuned"] = {option[2:]: ",".join(values) for option, values in self.best.items()}
+            summary["tried"] = self.tried
+        return {**summary, "label": self.entry.label, "run": str(self.folder.relative_to(root))}
 
 
 def summaries(root: Path, outcomes: Sequence[Outcome], floors: Floors) -> list[dict[str, Any]]:
@@ -29,7 +55,6 @@ def summaries(root: Path, outcomes: Sequence[Outcome], floors: Floors) -> list[d
 def write(root: Path, outcomes: Sequence[Outcome], floors: Floors, *, title: str) -> None:
     """Write compare.json and compare.png into the folder of the comparison."""
     from .. import storage
-    from .compare import PICTURE, TABLE
     from .show import draw
 
     text = json.dumps(summaries(root, outcomes, floors), indent=1, allow_nan=False, ensure_ascii=False)
@@ -75,8 +100,6 @@ def _score(summary: dict[str, Any], part: str) -> float | None:
 def show(root: Path, outcomes: Sequence[Outcome], floors: Floors) -> None:
     """Print the table, methods by their validation score, or their test score where there is no validation part, then
     the floors; and say where everything is."""
-    from .compare import PICTURE, TABLE
-
     grouped = {
         label: [run.summary(root) | {"history": run.history} for run in runs if run.history is not None]
         for label, runs in _by_label(outcomes).items()

@@ -254,7 +254,6 @@ def test_the_direction_pass_sums_what_its_names_say() -> None:
     training = bind(chain(*DEEP), tile=24)
     sums = _sums(training, batch, skip=frozenset({1}))
     a, z = _forward(training._weights, batch.x, torch.relu)
-    assert sums.loss == pytest.approx(float((z[-1] - batch.y).square().sum()), rel=1e-13)
     assert sums.grams[1] is None
     for l in (0, 2, 3):
         gram = sums.grams[l]

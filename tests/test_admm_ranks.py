@@ -132,15 +132,15 @@ def _triangle(size: int) -> int:
 
 
 def _expected_bytes(metrics: dict[str, float], moves: int, widths: Sequence[int], loss: Loss, first: bool) -> int:
-    """Bytes of one sweep by the formula: direction pass, line pass and trials, the last two numbers of a
-    direction pass and of a trial being the loss with "other rows" and the loss with the count of rows.
+    """Bytes of one sweep by the formula: direction pass, which ends with the word on other rows, line pass, and trials,
+    which end with the loss and the number of rows.
 
     first: whether the Gram matrix of the features is still to be summed (it is kept afterwards)."""
     sizes, outputs = [d + 1 for d in widths[:-1]], widths[-1]
     exact = loss.name == "squared"
     summed = sizes[0 if first else 1 : -1 if exact else None]
-    direction = sum(d * s for s, d in zip(sizes, widths[1:], strict=True)) + sum(map(_triangle, summed)) + 2
-    line = moves + moves**2 + moves * outputs * sizes[-1]
+    direction = sum(d * s for s, d in zip(sizes, widths[1:], strict=True)) + sum(map(_triangle, summed)) + 1
+    line = moves + moves**2 + (moves * outputs * sizes[-1] if exact else 0)
     trial = _triangle(sizes[-1]) + outputs * sizes[-1] + 2 if exact else 2
     return 8 * (direction + line + int(metrics["trials"]) * trial)
 

@@ -216,9 +216,10 @@ def test_other_rows_on_one_rank_start_all_ranks_afresh(settings: dict[str, Any])
     def work(group: Group) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
         model, twin = chain(5, 9, 4), chain(5, 9, 4)
         training = bind(model, group=group, **settings)
-        sweeps(training, quarters(60, seed=group.rank), 2)
+        mine = quarters(60, seed=group.rank)
+        sweeps(training, mine, 2)
         twin.load_state_dict(model.state_dict())
-        mine = quarters(33, seed=7) if group.rank == 1 else quarters(60)
+        mine = quarters(33, seed=7) if group.rank == 1 else mine
         return sweeps(training, mine, 3), sweeps(bind(twin, group=group, **settings), mine, 3)
 
     for rows, expected in threads(2, work, timeout=30):

@@ -26,6 +26,7 @@ from torch.nn import functional
 
 from . import evaluation, losses
 from .data import Dataset
+from .layers import layers
 from .losses import Loss
 from .nn import Standardise
 from .training import Batch
@@ -112,11 +113,11 @@ def random_features(data: Dataset, model: nn.Module) -> Floor | None:
     model: scaling and network, as the command line builds them, with the weights of the start; it is not altered.
     None for a network that does not end in a linear layer behind another one."""
     started = time.perf_counter()
-    layers = [layer for layer in _flat(model) if not isinstance(layer, nn.Identity)]
-    if not isinstance(layers[-1], nn.Linear) or not any(isinstance(layer, nn.Linear) for layer in layers[:-1]):
+    *below, last = [layer for _, layer in layers(model) if not isinstance(layer, nn.Identity)]
+    if not isinstance(last, nn.Linear) or not any(isinstance(layer, nn.Linear) for layer in below):
         return None
-    hidden = nn.Sequential(*layers[:-1])
-    layer = refit(hidden, data, layers[-1].in_features)
+    hidden = nn.Sequential(*below)
+    layer = refit(hidden, data, last.in_features)
     return _floor("random features", nn.Sequential(hidden, layer), data, started)
 
 
@@ -148,12 +149,6 @@ def _tiles(module: nn.Module, part: Batch) -> Any:
         for start in range(0, len(part), evaluation.TILE):
             rows = slice(start, start + evaluation.TILE)
             yield module(part.x[rows].to(device)), rows
-
-
-def _flat(model: nn.Module) -> list[nn.Module]:
-    if isinstance(model, nn.Sequential):
-        return [layer for child in model for layer in _flat(child)]
-    return [model]
 
 
 def _layer(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> nn.Linear:

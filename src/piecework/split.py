@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
 from .evaluation import deployed
+from .layers import is_sequence, layers
 from .training import BadInput
 
 
@@ -22,11 +23,11 @@ def split(
     example: rows of input, (n, ...); a block then costs the multiplications of its linear and convolutional layers on
         them, plus its other parameters. Without it a block costs its number of parameters.
     Raises BadInput for a model or places that cannot be cut."""
-    if not _is_open(model):
+    if not is_sequence(model, open_hooked=False):
         raise BadInput(
             f"split cuts an nn.Sequential, got {type(model).__name__}; put its parts into one, in their order"
         )
-    modules = list(_opened(model))
+    modules = [module for _, module in layers(model, open_hooked=False)]
     if (at is None) == (into is None):
         raise BadInput("split needs either at=, the places to cut, or into=, the number of blocks")
     starts = _checked(at, len(modules)) if at is not None else _balanced(_costs(model, modules, example), into or 0)
@@ -34,22 +35,6 @@ def split(
     blocks = [nn.Sequential(*modules[start:end]) for start, end in zip(starts, ends, strict=True)]
     _refuse_ties(blocks)
     return nn.Sequential(*blocks)
-
-
-def _is_open(module: nn.Module) -> bool:
-    """Whether a module is nothing but its children in a row: no forward, parameters or hooks of its own."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward and not hooks
-
-
-def _opened(module: nn.Module) -> Iterator[nn.Module]:
-    # Not named_children or modules(): they leave out a module that stands at two places.
-    for child in module._modules.values():
-        assert child is not None
-        if _is_open(child):
-            yield from _opened(child)
-        else:
-            yield child
 
 
 def _checked(at: Sequence[int], length: int) -> list[int]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..group import Group
+from ..layers import layers
 from ..nn import Sign
 from ..training import CannotTrain
 
@@ -46,8 +47,8 @@ def trainable(model: nn.Module, method: str) -> list[nn.Parameter]:
             f"{method} found nothing to train: the model has no parameter that requires a gradient; "
             "add a layer with weights, or call requires_grad_() on those to be trained"
         )
-    layers, learning = _sequence(model), False
-    for name, layer in layers:
+    learning = False
+    for name, layer in layers(model):
         if isinstance(layer, Sign) and learning:
             raise CannotTrain(
                 f"{method} needs a derivative, and layer {name} ({type(layer).__name__}) has none: nothing "
@@ -64,15 +65,6 @@ def no_gradient(model: nn.Module) -> CannotTrain:
         f"no derivative of the loss reaches {idle[0] if idle else 'a parameter (seen on another rank)'}; "
         "train with admm, freeze it with requires_grad_(False), or replace the part that has no derivative"
     )
-
-
-def _sequence(model: nn.Module, name: str = "") -> list[tuple[str, nn.Module]]:
-    """The layers in the order in which they act, as far as nn.Sequential tells; another module is one layer."""
-    if not isinstance(model, nn.Sequential):
-        return [(name, model)]
-    prefix = f"{name}." if name else ""
-    children = zip(model._modules, model, strict=True)  # named_children leaves out a layer's second use
-    return [layer for child, module in children for layer in _sequence(module, prefix + child)]
 
 
 def random_layers(model: nn.Module) -> list[str]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from ...layers import layers
 from ...solvers.prox import Activation, activation_of
 from ...training import CannotTrain
 
@@ -50,17 +50,17 @@ class Network:
 
 def read(model: nn.Module) -> Network:
     """The chain of a model. Raises CannotTrain, naming the layer and the way out."""
-    layers = list(_flat(model, ""))
-    first = next((i for i, (_, m) in enumerate(layers) if isinstance(m, nn.Linear)), None)
+    found = [(name or "the model", module) for name, module in layers(model)]
+    first = next((i for i, (_, m) in enumerate(found) if isinstance(m, nn.Linear)), None)
     if first is None:
         raise CannotTrain(f"the model has no nn.Linear layer; {WAY_OUT}")
-    for name, module in layers[:first]:
+    for name, module in found[:first]:
         if any(True for _ in module.parameters()) or (activation_of(module) and not isinstance(module, PREPARING)):
             raise CannotTrain(f"layer {name!r} ({type(module).__name__}) stands before the first nn.Linear; {WAY_OUT}")
     linears: list[nn.Linear] = []
     activations: list[Activation] = []
     open_linear = False
-    for name, module in layers[first:]:
+    for name, module in found[first:]:
         if isinstance(module, nn.Linear):
             if open_linear:
                 activations.append(_identity())
@@ -74,21 +74,12 @@ def read(model: nn.Module) -> Network:
         activations.append(activation)
         open_linear = False
     if not open_linear:
-        name, module = layers[-1]
+        name, module = found[-1]
         raise CannotTrain(
             f"layer {name!r} ({type(module).__name__}) follows the last nn.Linear; leave it out: losses take the raw "
             "outputs, and the probabilities or classes are made from them afterwards"
         )
-    return Network(nn.Sequential(*(m for _, m in layers[:first])), tuple(linears), tuple(activations))
-
-
-def _flat(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
-        for key, child in module._modules.items():  # named_children() would leave out a layer's second use
-            assert child is not None
-            yield from _flat(child, f"{name}.{key}" if name else key)
-    else:
-        yield name or "the model", module
+    return Network(nn.Sequential(*(m for _, m in found[:first])), tuple(linears), tuple(activations))
 
 
 def _identity() -> Activation:

@@ -33,8 +33,6 @@ class Fit:
 class Directions:
     """Sums of one forward pass with backward targets."""
 
-    loss: float
-    """Total loss of the deployed network."""
     crosses: list[Tensor]
     """(d_l, d_{l-1} + 1) of displacements with inputs; for the output layer, of minus the loss's gradient with them."""
     grams: list[Tensor | None]
@@ -51,8 +49,8 @@ class Line:
     """(m,) minus the derivative of the total loss."""
     curvature: Tensor
     """(m, m)."""
-    inputs: Tensor
-    """(m, d_L, d + 1) cross products of the tangents with the output layer's inputs."""
+    inputs: Tensor | None
+    """(m, d_L, d + 1) cross products of the tangents with the output layer's inputs, where that layer is refitted."""
 
 
 def sum_packed(group: Group, grams: list[Tensor], others: list[Tensor]) -> None:
@@ -110,21 +108,21 @@ def directions(
     crosses = [
         torch.zeros(len(w), s, dtype=torch.float64, device=tiles.device) for w, s in zip(weights, size, strict=True)
     ]
-    total, changed = tiles.zeros(1), tiles.zeros(1) + float(other_rows)
+    changed = tiles.zeros(1) + float(other_rows)
     for spread in tiles.spread.values():
         spread.zero_()
     for x, y, rows in tiles.of(batch):
         n = len(x)
         m = tiles.forward(x, weights)
-        total += loss.total(m, y)
         crosses[-1] += loss.fall(m, y).t() @ tiles.a[-1][:n]
-        for l, e in tiles.displacements(loss.displacement(m, y, rows, move_dual=move_dual), gains):
-            crosses[l] += e.t() @ tiles.a[l][:n]
+        if gains:
+            for l, e in tiles.displacements(loss.displacement(m, y, rows, move_dual=move_dual), gains):
+                crosses[l] += e.t() @ tiles.a[l][:n]
         for l, gram in grams.items():
             gram.add(tiles.a[l][:n])
     found = [grams[l].total if l in grams else None for l in range(len(weights))]
-    sum_packed(group, [g for g in found if g is not None], [*crosses, total, changed, *tiles.spread.values()])
-    return Directions(float(total), crosses, found, float(changed) > 0)
+    sum_packed(group, [g for g in found if g is not None], [*crosses, changed, *tiles.spread.values()])
+    return Directions(crosses, found, float(changed) > 0)
 
 
 def line(
@@ -139,18 +137,19 @@ def line(
     """One pass: tangents of the outputs along each move, and what the closed-form step needs of them."""
     m, inputs = len(moves), tiles.a[-1].shape[1]
     slope, curvature = tiles.zeros(m), tiles.zeros(m, m)
-    crosses = tiles.zeros(m, tiles.widths[-1], inputs)
+    crosses = tiles.zeros(m, tiles.widths[-1], inputs) if loss.exact else None
     for x, y, _ in tiles.of(batch):
         n = len(x)
         z = tiles.forward(x, weights)
         tangents = tiles.tangents(moves, weights, n)
-        crosses += (tangents.t() @ tiles.a[-1][:n]).view_as(crosses)
+        if crosses is not None:
+            crosses += (tangents.t() @ tiles.a[-1][:n]).view_as(crosses)
         each = tangents.view(n, m, -1)
         flat = each.transpose(0, 1).flatten(1).double()
         bent = torch.stack([loss.curve(z, y, t) for t in each.unbind(1)]).flatten(1).double()
         slope += flat @ loss.fall(z, y).flatten().double()
         curvature += flat @ bent.t()
-    sum_packed(group, [], [slope, curvature, crosses])
+    sum_packed(group, [], [slope, curvature] if crosses is None else [slope, curvature, crosses])
     return Line(slope, curvature, crosses)
 
 

@@ -221,13 +221,13 @@ class Resynchronised:
         if gains and self._tiles.spread and not self._scaled:
             self._direction_pass(batch, gains, set(range(len(self._weights))), move_dual=False)
             self._rescale()
-        found = self._direction_pass(batch, gains, skip, move_dual=bool(gains))
+        found = self._direction_pass(batch, gains, skip)
         if gains:
             self._rescale()
         return found
 
     def _direction_pass(
-        self, batch: Batch, gains: list[Tensor], skip: set[int], *, move_dual: bool
+        self, batch: Batch, gains: list[Tensor], skip: set[int], *, move_dual: bool = True
     ) -> passes.Directions:
         """Raises _OtherRows on all ranks where any rank works on other rows than before."""
         found = passes.directions(
@@ -258,7 +258,7 @@ class Resynchronised:
         self._passes += 1
         slope, curvature = line.slope, line.curvature
         assert self._gram is not None
-        if self._output.exact:
+        if line.inputs is not None:
             tiny = self._gram.diagonal() * PROJECTION_RIDGE + self._gram.diagonal().mean() * PROJECTION_RIDGE**2
             m, k, d = line.inputs.shape
             projected = ridge_solve(self._gram, line.inputs.reshape(m * k, d), tiny).x.view(m, k * d)

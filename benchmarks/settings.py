@@ -24,6 +24,7 @@ SWITCHES: list[dict[str, Any]] = [
     {"flips": False},
     {"multiplier": True},
     {"gamma": 10.0},
+    {"beta": 10.0},
     {"loss": "logistic"},
     {"loss": "hinge"},
     {"activation": "leaky-relu"},

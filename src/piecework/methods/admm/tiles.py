@@ -16,8 +16,11 @@ from torch import Tensor
 from ...training import Batch
 from .network import Network
 
-TILE_NUMBERS = 640_000
-"""Numbers in the widest matrix of a tile: 2048 rows of 300 units. Larger tiles leave the cache, smaller cost calls."""
+TILE_NUMBERS = 320_000
+"""Numbers a thread in the widest matrix of a tile: 1024 rows of 300 units, which stay in the core's own cache.
+
+Larger ones leave it for the cache that the cores share, which two processes on one machine fight for; smaller cost
+calls."""
 
 
 FAR = 1e15
@@ -33,7 +36,7 @@ class Tiles:
         self.dtype, self.device = first.dtype, first.device
         self.widths = network.widths
         widest = max(self.widths)
-        self.rows = rows or min(8192, max(128, TILE_NUMBERS // widest // 64 * 64))
+        self.rows = rows or min(8192, max(128, TILE_NUMBERS * torch.get_num_threads() // widest // 64 * 64))
         self.a = [
             self._ones(d, linear.bias is not None) for d, linear in zip(self.widths, network.linears, strict=False)
         ]

@@ -16,9 +16,11 @@ from itertools import pairwise
 import torch
 
 import report
-from piecework import ADMM, Batch, Solo, losses
+from piecework import ADMM, Batch, losses
 from piecework.models import mlp
 from piecework.training import stream
+
+WIDTHS = [28, 300, 1]
 
 
 def forward(widths: list[int]) -> int:
@@ -49,39 +51,47 @@ def sgemm() -> float:
     return best
 
 
+def measure(batch: Batch, acceleration: bool, sweeps: int) -> list[float]:
+    """Useful flops a row, then medians over the sweeps and the best sgemm: the row of the table."""
+    training = ADMM(acceleration=acceleration).bind(mlp(WIDTHS[0], WIDTHS[1:-1], WIDTHS[-1]), losses.named("squared"))
+    training.step(batch)
+    training.step(batch)
+    flops, seconds, passes, peak = useful(WIDTHS, acceleration), [], [], sgemm()
+    for _ in range(sweeps):
+        began = time.perf_counter()
+        passes.append(float(training.step(batch)["passes"]))
+        seconds.append(time.perf_counter() - began)
+    peak = max(peak, sgemm())
+    rate, best = (flops * len(batch) / s for s in (report.median(seconds), min(seconds)))
+    return [flops, report.median(passes), report.median(seconds), rate / 1e9, peak / 1e9, rate / peak, best / peak]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=500_000)
     parser.add_argument("--sweeps", type=int, default=6)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    widths = [28, 300, 1]
-    generator = stream(0)
-    x = torch.randn(arguments.rows, widths[0], generator=generator)
+    x = torch.randn(arguments.rows, WIDTHS[0], generator=stream(0))
     y = ((x[:, 0] * x[:, 1] + x[:, 2] * x[:, 3]) > 0).long()
-    rows = []
-    for acceleration in (True, False):
-        training = ADMM(acceleration=acceleration).bind(mlp(28, [300], 1), losses.named("squared"), group=Solo())
-        training.step(Batch(x, y))
-        training.step(Batch(x, y))
-        rates, peak = [], sgemm()
-        for _ in range(arguments.sweeps):
-            began = time.perf_counter()
-            figures = training.step(Batch(x, y))
-            seconds = time.perf_counter() - began
-            rates.append((useful(widths, acceleration) * arguments.rows / seconds, seconds, float(figures["passes"])))
-        peak = max(peak, sgemm())
-        rate, seconds, passes = (report.median(list(column)) for column in zip(*rates, strict=True))
-        rows.append([
-            "on" if acceleration else "off", useful(widths, acceleration), passes, seconds,
-            rate / 1e9, peak / 1e9, rate / peak, max(r for r, _, _ in rates) / peak,
-        ])  # fmt: skip
-    header = ["acceleration", "useful flops a row", "passes a sweep", "seconds a sweep", "Gflop/s", "sgemm Gflop/s",
-              "ratio (median)", "ratio (best sweep)"]  # fmt: skip
+    rows: list[list[object]] = []
+    found: dict[str, list[list[float]]] = {"on": [], "off": []}
+    for repeat in range(arguments.repeats):
+        for acceleration, measured in found.items():
+            measured.append(measure(Batch(x, y), acceleration == "on", arguments.sweeps))
+            rows.append([repeat, acceleration, *measured[-1]])
+    for acceleration, measured in found.items():
+        medians = [report.median(list(column)) for column in zip(*measured, strict=True)]
+        rows.append(["median", acceleration, *medians])
+    header = [
+        "repeat", "acceleration", "useful flops a row", "passes a sweep", "seconds a sweep", "Gflop/s", "sgemm Gflop/s",
+        "ratio (median sweep)", "ratio (best sweep)",
+    ]  # fmt: skip
     note = (
-        f"28-300-1, {arguments.rows} rows in memory, float32, {arguments.sweeps} sweeps after two; the best square "
-        "sgemm is that of 1024, 2048 and 4096, before and after the sweeps."
+        f"28-300-1, {arguments.rows} rows in memory, float32, {arguments.sweeps} sweeps after two, on and off by "
+        "turns; the best square sgemm is that of 1024, 2048 and 4096, before and after the sweeps."
     )
     report.write("rate", "The rate of one sweep", [(note, header, rows)])
 

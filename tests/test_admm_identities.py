@@ -28,7 +28,7 @@ DEEP = (5, 9, 7, 3, 2)
 def _sums(training, batch: Batch, skip: frozenset[int] = frozenset()) -> passes.Directions:  # type: ignore[no-untyped-def]
     """The direction pass at the training's weights."""
     return passes.directions(
-        training._tiles,
+        training._crew,
         batch,
         training._weights,
         training._output,
@@ -106,7 +106,7 @@ def test_over_relaxation_is_a_step_along_the_direction() -> None:
 
 def _displacements(training, batch: Batch) -> dict[int, Tensor]:  # type: ignore[no-untyped-def]
     """z' - z of each hidden layer of a batch that fits into one tile."""
-    tiles = training._tiles
+    tiles = training._crew.tiles[0]
     m = tiles.forward(batch.x, training._weights)
     gap = training._output.displacement(m, batch.y, slice(0, len(batch)))
     return {l: e.clone() for l, e in tiles.displacements(gap, training._gains())}
@@ -116,8 +116,10 @@ def test_displacements_of_units_that_are_neither_flipped_nor_clipped_are_the_wei
     batch = curved()
     training = bind(chain(5, 24, 2), gamma=2.0, beta=0.5)
     found = _displacements(training, batch)[0]
-    z = training._tiles.z[0][: len(batch)]
-    gap = training._output.displacement(training._tiles.z[1][: len(batch)].clone(), batch.y, slice(0, len(batch)))
+    z = training._crew.tiles[0].z[0][: len(batch)]
+    gap = training._output.displacement(
+        training._crew.tiles[0].z[1][: len(batch)].clone(), batch.y, slice(0, len(batch))
+    )
     da = gap @ training._gains()[0].t()
     mean = 2.0 / 2.5 * da
     plain = (z > 0) & (z + mean >= 0)
@@ -157,7 +159,7 @@ def test_without_flips_a_unit_that_is_off_stays_off() -> None:
     batch = curved()
     training = bind(chain(5, 24, 2), flips=False)
     found = _displacements(training, batch)[0]
-    off = training._tiles.z[0][: len(batch)] <= 0
+    off = training._crew.tiles[0].z[0][: len(batch)] <= 0
     assert int(off.sum()) > 100
     assert not bool(found[off].any())
 
@@ -266,7 +268,7 @@ def test_the_direction_pass_sums_what_its_names_say() -> None:
 def test_tangents_are_the_derivatives_along_the_moves(activation: str) -> None:
     batch = curved(37)
     training = bind(chain(*DEEP, activation=activation))
-    weights, tiles = training._weights, training._tiles
+    weights, tiles = training._weights, training._crew.tiles[0]
     moves = [(l, randn(*weights[l].shape, seed=l)) for l in (2, 0, 3)]
     h = read(training.model).activations[0].forward
     z = tiles.forward(batch.x, weights)
@@ -304,7 +306,7 @@ def test_the_step_minimises_the_squared_loss_of_the_linearised_and_refitted_netw
         assert gram is not None
         moves.append((l, training._direction(l, gram, sums.crosses[l])))
     steps = torch.tensor(training._steps(batch, moves, sums), dtype=torch.float64)
-    tiles = training._tiles
+    tiles = training._crew.tiles[0]
     residual = batch.y - tiles.forward(batch.x, training._weights)
     tangents = tiles.tangents(moves, training._weights, len(batch)).view(len(batch), len(moves), -1)
     a = tiles.a[-1][: len(batch)]
@@ -335,7 +337,7 @@ def test_with_identity_activations_it_is_the_true_line_minimiser_at_a_fixed_outp
     batch = curved()
     training = bind(chain(5, 7, 2, activation="identity"))
     move = randn(7, 6, seed=5)
-    line = passes.line(training._tiles, batch, training._weights, training._output, training.group, moves=[(0, move)])
+    line = passes.line(training._crew, batch, training._weights, training._output, training.group, moves=[(0, move)])
     s = float(line.slope / line.curvature)
 
     def loss_at(s: float) -> float:
@@ -353,7 +355,7 @@ def test_slope_and_curvature_along_the_moves_are_those_of_autograd(name: str) ->
     batch = quarters(classes=max(2, outputs))
     training = bind(chain(5, 7, outputs, activation="identity"), loss, tile=64)
     moves = [(0, randn(7, 6, seed=5)), (1, randn(outputs, 8, seed=6))]
-    line = passes.line(training._tiles, batch, training._weights, training._output, training.group, moves=moves)
+    line = passes.line(training._crew, batch, training._weights, training._output, training.group, moves=moves)
 
     def total(s: Tensor) -> Tensor:
         z = training._weights

@@ -111,7 +111,7 @@ def test_sweeps_keep_no_number_a_row() -> None:
         state = training.state_dict()
         tensors = [state["gram"], state["dual"], *state["momentum"]]
         assert max(t.numel() for t in tensors) <= 25 * 25
-        assert training._tiles.rows == 64
+        assert training._crew.tiles[0].rows == 64
 
 
 def test_features_of_any_kind_are_read_as_they_are() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...group import Group
 from ...training import Batch
+from .crew import Crew, Share
 from .tiles import GramSum, Tiles
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ class Directions:
     """(d_l, d_{l-1} + 1) of displacements with inputs; for the output layer, of minus the loss's gradient with them."""
     grams: list[Tensor | None]
     """(d_{l-1} + 1, d_{l-1} + 1) of the inputs, a layer each; None where it was not asked for."""
+    spread: dict[int, float]
+    """Sum of squares of a' - h(z) at the activations that jump, before it is scaled."""
     other_rows: bool
     """Whether any rank said that it works on other rows than before."""
 
@@ -71,25 +74,30 @@ def sum_packed(group: Group, grams: list[Tensor], others: list[Tensor]) -> None:
         g.copy_(torch.tril(g) + torch.tril(g, -1).t())
 
 
-def fit_output(tiles: Tiles, batch: Batch, weights: list[Tensor], loss: OutputLoss, group: Group) -> Fit:
+def fit_output(crew: Crew, batch: Batch, weights: list[Tensor], loss: OutputLoss, group: Group) -> Fit:
     """One pass: forward through the hidden layers, Gram and cross product of the output layer."""
     last = len(weights) - 1
-    gram = GramSum(tiles.a[last].shape[1], dtype=tiles.dtype, device=tiles.device)
-    cross = tiles.zeros(tiles.widths[-1], tiles.a[last].shape[1])
-    square, count = tiles.zeros(1), tiles.zeros(1) + len(batch)
-    for x, y, _ in tiles.of(batch):
-        tiles.hidden(x, weights)
-        a = tiles.a[last][: len(x)]
-        targets = loss.targets(y)
-        gram.add(a)
-        cross += targets.t() @ a
-        square += targets.double().square().sum()
-    sum_packed(group, [gram.total], [cross, square, count])
-    return Fit(gram.total, cross, float(square), int(count))
+
+    def sums(tiles: Tiles, share: Share) -> list[Tensor]:
+        gram = GramSum(crew.columns[last], dtype=tiles.dtype, device=tiles.device)
+        cross, square = tiles.zeros(crew.widths[-1], crew.columns[last]), tiles.zeros(1)
+        for x, y, _ in share:
+            tiles.hidden(x, weights)
+            a = tiles.a[last][: len(x)]
+            targets = loss.targets(y)
+            gram.add(a)
+            cross += targets.t() @ a
+            square += targets.double().square().sum()
+        return [gram.total, cross, square]
+
+    gram, cross, square = crew.sum(batch, sums)
+    count = crew.zeros(1) + len(batch)
+    sum_packed(group, [gram], [cross, square, count])
+    return Fit(gram, cross, float(square), int(count))
 
 
 def directions(
-    tiles: Tiles,
+    crew: Crew,
     batch: Batch,
     weights: list[Tensor],
     loss: OutputLoss,
@@ -103,30 +111,40 @@ def directions(
     """One pass: forward, targets backward; cross products of all layers and Grams of those not in `skip`.
 
     other_rows: this rank's word on whether its rows changed; it travels with the sums and costs no message."""
-    size = [a.shape[1] for a in tiles.a]
-    grams = {l: GramSum(size[l], dtype=tiles.dtype, device=tiles.device) for l in range(len(weights)) if l not in skip}
-    crosses = [
-        torch.zeros(len(w), s, dtype=torch.float64, device=tiles.device) for w, s in zip(weights, size, strict=True)
-    ]
-    changed = tiles.zeros(1) + float(other_rows)
-    for spread in tiles.spread.values():
-        spread.zero_()
-    for x, y, rows in tiles.of(batch):
-        n = len(x)
-        m = tiles.forward(x, weights)
-        crosses[-1] += loss.fall(m, y).t() @ tiles.a[-1][:n]
-        if gains:
-            for l, e in tiles.displacements(loss.displacement(m, y, rows, move_dual=move_dual), gains):
-                crosses[l] += e.t() @ tiles.a[l][:n]
-        for l, gram in grams.items():
-            gram.add(tiles.a[l][:n])
-    found = [grams[l].total if l in grams else None for l in range(len(weights))]
-    sum_packed(group, [g for g in found if g is not None], [*crosses, changed, *tiles.spread.values()])
-    return Directions(crosses, found, float(changed) > 0)
+    layers = range(len(weights))
+    with_gram = [l for l in layers if l not in skip]
+    jumps = list(crew.relax)
+
+    def sums(tiles: Tiles, share: Share) -> list[Tensor]:
+        grams = {l: GramSum(crew.columns[l], dtype=tiles.dtype, device=tiles.device) for l in with_gram}
+        crosses = [tiles.zeros(len(w), columns) for w, columns in zip(weights, crew.columns, strict=True)]
+        for spread in tiles.spread.values():
+            spread.zero_()
+        for x, y, rows in share:
+            n = len(x)
+            m = tiles.forward(x, weights)
+            crosses[-1] += loss.fall(m, y).t() @ tiles.a[-1][:n]
+            if gains:
+                for l, e in tiles.displacements(loss.displacement(m, y, rows, move_dual=move_dual), gains):
+                    crosses[l] += e.t() @ tiles.a[l][:n]
+            for l, gram in grams.items():
+                gram.add(tiles.a[l][:n])
+        return [gram.total for gram in grams.values()] + crosses + [tiles.spread[l] for l in jumps]
+
+    found = crew.sum(batch, sums)
+    changed = crew.zeros(1) + float(other_rows)
+    grams, others = found[: len(with_gram)], found[len(with_gram) :]
+    sum_packed(group, grams, [*others, changed])
+    crosses, spread = others[: len(layers)], others[len(layers) :]
+    gram_of = dict(zip(with_gram, grams, strict=True))
+    return Directions(
+        crosses, [gram_of.get(l) for l in layers], {l: float(s) for l, s in zip(jumps, spread, strict=True)},
+        float(changed) > 0,
+    )  # fmt: skip
 
 
 def line(
-    tiles: Tiles,
+    crew: Crew,
     batch: Batch,
     weights: list[Tensor],
     loss: OutputLoss,
@@ -135,28 +153,40 @@ def line(
     moves: list[tuple[int, Tensor]],
 ) -> Line:
     """One pass: tangents of the outputs along each move, and what the closed-form step needs of them."""
-    m, inputs = len(moves), tiles.a[-1].shape[1]
-    slope, curvature = tiles.zeros(m), tiles.zeros(m, m)
-    crosses = tiles.zeros(m, tiles.widths[-1], inputs) if loss.exact else None
-    for x, y, _ in tiles.of(batch):
-        n = len(x)
-        z = tiles.forward(x, weights)
-        tangents = tiles.tangents(moves, weights, n)
-        if crosses is not None:
-            crosses += (tangents.t() @ tiles.a[-1][:n]).view_as(crosses)
-        each = tangents.view(n, m, -1)
-        flat = each.transpose(0, 1).flatten(1).double()
-        bent = torch.stack([loss.curve(z, y, t) for t in each.unbind(1)]).flatten(1).double()
-        slope += flat @ loss.fall(z, y).flatten().double()
-        curvature += flat @ bent.t()
-    sum_packed(group, [], [slope, curvature] if crosses is None else [slope, curvature, crosses])
-    return Line(slope, curvature, crosses)
+    m, inputs = len(moves), crew.columns[-1]
+
+    def sums(tiles: Tiles, share: Share) -> list[Tensor]:
+        slope, curvature = tiles.zeros(m), tiles.zeros(m, m)
+        crosses = tiles.zeros(m, crew.widths[-1], inputs) if loss.exact else None
+        for x, y, _ in share:
+            n = len(x)
+            z = tiles.forward(x, weights)
+            tangents = tiles.tangents(moves, weights, n)
+            if crosses is not None:
+                crosses += (tangents.t() @ tiles.a[-1][:n]).view_as(crosses)
+            each = tangents.view(n, m, -1)
+            flat = each.transpose(0, 1).flatten(1).double()
+            bent = torch.stack([loss.curve(z, y, t) for t in each.unbind(1)]).flatten(1).double()
+            slope += flat @ loss.fall(z, y).flatten().double()
+            curvature += flat @ bent.t()
+        return [slope, curvature] if crosses is None else [slope, curvature, crosses]
+
+    found = crew.sum(batch, sums)
+    sum_packed(group, [], found)
+    slope, curvature = found[:2]
+    return Line(slope, curvature, found[2] if loss.exact else None)
 
 
-def total_loss(tiles: Tiles, batch: Batch, weights: list[Tensor], loss: OutputLoss, group: Group) -> tuple[float, int]:
+def total_loss(crew: Crew, batch: Batch, weights: list[Tensor], loss: OutputLoss, group: Group) -> tuple[float, int]:
     """One pass: the total loss of the deployed network, and the number of rows it is of."""
-    total, count = tiles.zeros(1), tiles.zeros(1) + len(batch)
-    for x, y, _ in tiles.of(batch):
-        total += loss.total(tiles.forward(x, weights), y)
+
+    def sums(tiles: Tiles, share: Share) -> list[Tensor]:
+        total = tiles.zeros(1)
+        for x, y, _ in share:
+            total += loss.total(tiles.forward(x, weights), y)
+        return [total]
+
+    (total,) = crew.sum(batch, sums)
+    count = crew.zeros(1) + len(batch)
     sum_packed(group, [], [total, count])
     return float(total), int(count)

@@ -15,9 +15,9 @@ from ...losses import Loss
 from ...solvers.linear import ridge_solve, solve_step
 from ...training import Batch, CannotTrain, Metrics
 from . import passes
+from .crew import Crew
 from .network import read
 from .output import OutputLoss
-from .tiles import Tiles
 
 if TYPE_CHECKING:
     from . import ADMM
@@ -52,8 +52,8 @@ class Resynchronised:
         for w in self._weights:
             group.broadcast_(w, 0)
         self._network.assign(self._weights)
-        self._tiles = Tiles(
-            self._network, gamma=method.gamma or 1.0, beta=method.beta, flips=method.flips, rows=method.tile
+        self._crew = Crew(
+            self._network, gamma=method.gamma or 1.0, beta=method.beta, flips=method.flips, tile=method.tile
         )
         self._output = OutputLoss(loss, self._network.widths[-1], method.beta, self._weights[0].dtype)
         self._blind = self._blind_layers()
@@ -116,17 +116,17 @@ class Resynchronised:
             "jump": self._jump,
             "scaled": self._scaled,
             "stalled": self._stalled,
-            "relax": [[l, factor] for l, factor in self._tiles.relax.items()],
+            "relax": [[l, factor] for l, factor in self._crew.relax.items()],
             "gram": empty if self._gram is None else self._gram,
             "momentum": [empty if p is None else p for p in self._momentum],
             "dual": empty if self._output.dual is None else self._output.dual,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        device = self._tiles.device
+        device = self._crew.device
         self._total, self._rows, self._search = state["total"], state["rows"], state["search"]
         self._jump, self._scaled, self._stalled = state["jump"], state["scaled"], state["stalled"]
-        self._tiles.relax.update(dict(state["relax"]))
+        self._crew.relax.update(dict(state["relax"]))
         self._gram = state["gram"].to(device) if state["gram"].numel() else None
         self._momentum = [p.to(device).clone() if p.numel() else None for p in state["momentum"]]
         self._output.dual = state["dual"].to(device).clone() if state["dual"].numel() else None
@@ -140,7 +140,7 @@ class Resynchronised:
         self._other_rows = self._batch is not None and self._batch != key
         self._batch, self._held = key, batch  # held, so that no other rows can take this address
         if self._other_rows and self._output.dual is not None:
-            self._output.keep_dual(len(batch), self._tiles.device)
+            self._output.keep_dual(len(batch), self._crew.device)
 
     def _first_fit(self, batch: Batch) -> dict[int, float]:
         """Start afresh on these rows: fit the output layer and leave the hidden layers alone."""
@@ -148,7 +148,7 @@ class Resynchronised:
         self._input_gram, self._gram = None, None
         self._momentum = [None] * len(self._weights)
         if self.method.multiplier:
-            self._output.keep_dual(len(batch), self._tiles.device)
+            self._output.keep_dual(len(batch), self._crew.device)
         if self._output.exact:
             self._accept(*self._refit(batch, self._weights))
             self._stalled = len(self._weights) == 1  # solved
@@ -218,12 +218,12 @@ class Resynchronised:
     def _directions(self, batch: Batch, gains: list[Tensor], skip: set[int]) -> passes.Directions:
         """The direction pass; at activations that jump, a' - h(z) is scaled so that JUMP times its root mean square is
         one. A first pass measures it, then every pass serves the next."""
-        if gains and self._tiles.spread and not self._scaled:
-            self._direction_pass(batch, gains, set(range(len(self._weights))), move_dual=False)
-            self._rescale()
+        if gains and self._crew.relax and not self._scaled:
+            skip_all = set(range(len(self._weights)))
+            self._rescale(self._direction_pass(batch, gains, skip_all, move_dual=False).spread)
         found = self._direction_pass(batch, gains, skip)
         if gains:
-            self._rescale()
+            self._rescale(found.spread)
         return found
 
     def _direction_pass(
@@ -231,7 +231,7 @@ class Resynchronised:
     ) -> passes.Directions:
         """Raises _OtherRows on all ranks where any rank works on other rows than before."""
         found = passes.directions(
-            self._tiles, batch, self._weights, self._output, self.group,
+            self._crew, batch, self._weights, self._output, self.group,
             gains=gains, skip=skip, move_dual=move_dual, other_rows=self._other_rows,
         )  # fmt: skip
         self._passes += 1
@@ -239,10 +239,10 @@ class Resynchronised:
             raise _OtherRows
         return found
 
-    def _rescale(self) -> None:
-        for l, spread in self._tiles.spread.items():
-            mean = float(spread) / (self._rows * self._network.widths[l + 1])
-            self._tiles.relax[l] = self._jump / math.sqrt(mean) if mean > 0 else 1.0
+    def _rescale(self, spread: dict[int, float]) -> None:
+        for l, total in spread.items():
+            mean = total / (self._rows * self._network.widths[l + 1])
+            self._crew.relax[l] = self._jump / math.sqrt(mean) if mean > 0 else 1.0
         self._scaled = True
 
     def _direction(self, l: int, gram: Tensor, cross: Tensor) -> Tensor:
@@ -254,7 +254,7 @@ class Resynchronised:
 
     def _steps(self, batch: Batch, moves: list[tuple[int, Tensor]], found: passes.Directions) -> list[float]:
         """The step along each move that minimises the loss to second order, the output layer refitted with them."""
-        line = passes.line(self._tiles, batch, self._weights, self._output, self.group, moves=moves)
+        line = passes.line(self._crew, batch, self._weights, self._output, self.group, moves=moves)
         self._passes += 1
         slope, curvature = line.slope, line.curvature
         assert self._gram is not None
@@ -304,7 +304,7 @@ class Resynchronised:
 
     def _refit(self, batch: Batch, weights: list[Tensor]) -> tuple[float, Tensor, Tensor]:
         """One pass: the least-squares output layer at these hidden weights, and the total loss with it."""
-        fit = passes.fit_output(self._tiles, batch, weights, self._output, self.group)
+        fit = passes.fit_output(self._crew, batch, weights, self._output, self.group)
         self._passes, self._rows = self._passes + 1, fit.rows
         output = self._solve(fit.gram, fit.cross, self._output_ridge(fit.gram)).to(weights[-1].dtype)
         w = output.double()
@@ -313,7 +313,7 @@ class Resynchronised:
 
     def _loss(self, batch: Batch, weights: list[Tensor]) -> float:
         self._passes += 1
-        total, self._rows = passes.total_loss(self._tiles, batch, weights, self._output, self.group)
+        total, self._rows = passes.total_loss(self._crew, batch, weights, self._output, self.group)
         return total if math.isfinite(total) else math.inf
 
     def _output_ridge(self, gram: Tensor) -> Tensor:

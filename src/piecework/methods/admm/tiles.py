@@ -30,13 +30,15 @@ FAR = 1e15
 class Tiles:
     """The buffers of one network. Nothing here is kept from one tile to the next."""
 
-    def __init__(self, network: Network, *, gamma: float, beta: float, flips: bool, rows: int | None) -> None:
+    def __init__(
+        self, network: Network, *, gamma: float, beta: float, flips: bool, rows: int | None, threads: int = 1
+    ) -> None:
         first = network.linears[0].weight
         self.network, self.gamma, self.beta, self.flips = network, gamma, beta, flips
         self.dtype, self.device = first.dtype, first.device
         self.widths = network.widths
         widest = max(self.widths)
-        self.rows = rows or min(8192, max(128, TILE_NUMBERS * torch.get_num_threads() // widest // 64 * 64))
+        self.rows = rows or min(8192, max(128, TILE_NUMBERS * threads // widest // 64 * 64))
         self.a = [
             self._ones(d, linear.bias is not None) for d, linear in zip(self.widths, network.linears, strict=False)
         ]
@@ -61,10 +63,13 @@ class Tiles:
         """A float64 accumulator beside the weights."""
         return torch.zeros(*shape, dtype=torch.float64, device=self.device)
 
-    def of(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor, slice]]:
-        """Tiles of the batch in order, on the device of the weights: features, targets, rows."""
-        for start in range(0, len(batch), self.rows):
-            rows = slice(start, min(start + self.rows, len(batch)))
+    def of(self, batch: Batch, most: int, *, first: int = 0, every: int = 1) -> Iterator[tuple[Tensor, Tensor, slice]]:
+        """Every so many tiles of the batch in order, on the device of the weights: features, targets, rows.
+
+        most: rows of a tile, where the buffers hold more."""
+        size = min(self.rows, most)
+        for start in range(first * size, len(batch), every * size):
+            rows = slice(start, min(start + size, len(batch)))
             yield batch.x[rows].to(self.device), batch.y[rows].to(self.device), rows
 
     def forward(self, x: Tensor, weights: list[Tensor]) -> Tensor:

@@ -1,0 +1,92 @@
+"""The threads of a pass: each works through its own tiles in its own buffers, and their sums are added at the end.
+
+Operations that all threads share hand every tile from one core's cache to the other's, and cores that are far apart
+wait for each other's memory. Threads that share nothing but the weights do not.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+
+import torch
+from torch import Tensor
+
+from ...training import Batch
+from .network import Network
+from .tiles import Tiles
+
+Share = Iterator[tuple[Tensor, Tensor, slice]]
+"""Tiles of a batch: features, targets, rows."""
+
+MOST_WORKERS = 8
+"""Python dispatches the operations of all workers under one lock; more threads than this divide each operation."""
+WIDEST = 1024
+"""Units of a layer up to which threads work apart. Beyond, the products are large enough to be divided, and a float64
+Gram matrix a thread would be the larger cost."""
+FEWEST_ROWS = 128
+"""Of a tile; what is less is left to one worker."""
+
+
+class Crew:
+    """Workers with the buffers of one network each. torch's number of threads at this moment is what they divide.
+
+    tile: rows of a tile; None chooses. On other devices than the processor there is one worker."""
+
+    def __init__(self, network: Network, *, gamma: float, beta: float, flips: bool, tile: int | None) -> None:
+        threads, widest = torch.get_num_threads(), max(network.widths)
+        apart = network.linears[0].weight.device.type == "cpu" and widest <= WIDEST
+        workers = min(threads, MOST_WORKERS) if apart else 1
+        self._threads = max(1, threads // workers)
+        self.tiles = [
+            Tiles(network, gamma=gamma, beta=beta, flips=flips, rows=tile, threads=self._threads)
+            for _ in range(workers)
+        ]
+        self.device, self.widths = self.tiles[0].device, network.widths
+        self.columns = [a.shape[1] for a in self.tiles[0].a]
+        """Of each layer's inputs, the ones for the bias counted."""
+        self.relax = self.tiles[0].relax
+        for tiles in self.tiles[1:]:
+            tiles.relax = self.relax
+        self._pool: ThreadPoolExecutor | None = None
+
+    def zeros(self, *shape: int) -> Tensor:
+        """A float64 accumulator beside the weights."""
+        return self.tiles[0].zeros(*shape)
+
+    def sum(self, batch: Batch, work: Callable[[Tiles, Share], list[Tensor]]) -> list[Tensor]:
+        """work(buffers, tiles) on every worker, each on every n-th tile of the batch; the sums of what they return.
+
+        The order of the sums depends on the number of workers alone, never on which is first to finish."""
+        workers = min(len(self.tiles), -(-len(batch) // FEWEST_ROWS)) or 1
+        rows = max(FEWEST_ROWS, -(-len(batch) // workers // 64) * 64)
+        shares = [tiles.of(batch, rows, first=i, every=workers) for i, tiles in enumerate(self.tiles[:workers])]
+        if workers == 1:
+            return work(self.tiles[0], shares[0])
+        pool = self._workers()
+        found = [pool.submit(_alone, work, *one) for one in zip(self.tiles, shares, strict=False)]
+        try:
+            first, *others = [future.result() for future in found]
+        finally:
+            wait(found)  # an interrupted pass leaves nobody behind who writes
+        for other in others:
+            for mine, theirs in zip(first, other, strict=True):
+                mine += theirs
+        return first
+
+    def _workers(self) -> ThreadPoolExecutor:
+        if self._pool is None:
+            threads = torch.get_num_threads()
+            self._pool = ThreadPoolExecutor(
+                len(self.tiles), "admm", initializer=torch.set_num_threads, initargs=(self._threads,)
+            )
+            all_there = threading.Barrier(len(self.tiles))
+            wait([self._pool.submit(all_there.wait) for _ in self.tiles])
+            torch.set_num_threads(threads)  # the workers' number is now also that of threads yet to come
+        return self._pool
+
+
+@torch.no_grad()
+def _alone(work: Callable[[Tiles, Share], list[Tensor]], tiles: Tiles, share: Share) -> list[Tensor]:
+    return work(tiles, share)

@@ -64,8 +64,17 @@ def test_two_threads_give_the_same_bits_every_time() -> None:
 
 
 @pytest.mark.usefixtures("threads")
-def test_a_pass_leaves_torch_its_number_of_threads() -> None:
-    _train(quarters(1000), 2)
+def test_workers_have_one_thread_each_and_everybody_else_has_what_he_had() -> None:
+    training, _, _ = _train(quarters(1000), 2)
+    pool = training._crew._pool
+    both = threading.Barrier(2)
+
+    def number() -> int:
+        both.wait()
+        torch.randn(100, 100) @ torch.randn(100, 100)
+        return torch.get_num_threads()
+
+    assert [future.result() for future in [pool.submit(number) for _ in range(2)]] == [1, 1]
     found = [torch.get_num_threads()]
     later = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
     later.start()

@@ -79,12 +79,18 @@ class Crew:
         if self._pool is None:
             threads = torch.get_num_threads()
             self._pool = ThreadPoolExecutor(
-                len(self.tiles), "admm", initializer=torch.set_num_threads, initargs=(self._threads,)
+                len(self.tiles), "admm", initializer=_take_threads, initargs=(self._threads,)
             )
             all_there = threading.Barrier(len(self.tiles))
             wait([self._pool.submit(all_there.wait) for _ in self.tiles])
             torch.set_num_threads(threads)  # the workers' number is now also that of threads yet to come
         return self._pool
+
+
+def _take_threads(number: int) -> None:
+    """Let the operations of this thread be divided among so many, whatever others set for themselves afterwards."""
+    torch.set_num_threads(number)
+    torch.get_num_threads()  # the first look takes over the number that was set last, by any thread: take it now
 
 
 @torch.no_grad()

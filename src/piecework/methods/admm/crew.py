@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -25,8 +26,8 @@ MOST_WORKERS = 8
 WIDEST = 1024
 """Units of a layer up to which threads work apart. Beyond, the products are large enough to be divided, and a float64
 Gram matrix a thread would be the larger cost."""
-FEWEST_ROWS = 128
-"""Of a tile; what is less is left to one worker."""
+TILES_APART = 4
+"""Of each worker, at least; on fewer rows than that the operations are divided."""
 
 
 class Crew:
@@ -50,39 +51,54 @@ class Crew:
         for tiles in self.tiles[1:]:
             tiles.relax = self.relax
         self._pool: ThreadPoolExecutor | None = None
+        """The other workers' threads; the first worker is the thread that asks."""
 
     def zeros(self, *shape: int) -> Tensor:
         """A float64 accumulator beside the weights."""
         return self.tiles[0].zeros(*shape)
 
+    def _apart(self, batch: Batch) -> bool:
+        workers = len(self.tiles)
+        return workers > 1 and len(batch) >= TILES_APART * workers * self.tiles[0].rows
+
+    @contextmanager
+    def at_work(self, batch: Batch) -> Iterator[None]:
+        """Within, this thread does not divide its operations if the workers of this batch are apart: torch's helpers go
+        on turning for milliseconds after each operation they shared in, and would be in the workers' way."""
+        threads = torch.get_num_threads()
+        if not self._apart(batch):
+            yield
+            return
+        _take_threads(self._threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
     def sum(self, batch: Batch, work: Callable[[Tiles, Share], list[Tensor]]) -> list[Tensor]:
         """work(buffers, tiles) on every worker, each on every n-th tile of the batch; the sums of what they return.
 
         The order of the sums depends on the number of workers alone, never on which is first to finish."""
-        workers = min(len(self.tiles), -(-len(batch) // FEWEST_ROWS)) or 1
-        rows = max(FEWEST_ROWS, -(-len(batch) // workers // 64) * 64)
-        shares = [tiles.of(batch, rows, first=i, every=workers) for i, tiles in enumerate(self.tiles[:workers])]
-        if workers == 1:
-            return work(self.tiles[0], shares[0])
-        pool = self._workers()
-        found = [pool.submit(_alone, work, *one) for one in zip(self.tiles, shares, strict=False)]
+        if not self._apart(batch):
+            return work(self.tiles[0], self.tiles[0].of(batch))
+        shares = [tiles.of(batch, first=i, every=len(self.tiles)) for i, tiles in enumerate(self.tiles)]
+        pool = self._others()
+        others = [pool.submit(_alone, work, *one) for one in zip(self.tiles[1:], shares[1:], strict=True)]
         try:
-            first, *others = [future.result() for future in found]
+            total = work(self.tiles[0], shares[0])
+            for other in others:
+                for mine, theirs in zip(total, other.result(), strict=True):
+                    mine += theirs
         finally:
-            wait(found)  # an interrupted pass leaves nobody behind who writes
-        for other in others:
-            for mine, theirs in zip(first, other, strict=True):
-                mine += theirs
-        return first
+            wait(others)  # an interrupted pass leaves nobody behind who writes
+        return total
 
-    def _workers(self) -> ThreadPoolExecutor:
+    def _others(self) -> ThreadPoolExecutor:
         if self._pool is None:
-            threads = torch.get_num_threads()
-            self._pool = ThreadPoolExecutor(
-                len(self.tiles), "admm", initializer=_take_threads, initargs=(self._threads,)
-            )
-            all_there = threading.Barrier(len(self.tiles))
-            wait([self._pool.submit(all_there.wait) for _ in self.tiles])
+            threads, others = torch.get_num_threads(), len(self.tiles) - 1
+            self._pool = ThreadPoolExecutor(others, "admm", initializer=_take_threads, initargs=(self._threads,))
+            all_there = threading.Barrier(others)
+            wait([self._pool.submit(all_there.wait) for _ in range(others)])
             torch.set_num_threads(threads)  # the workers' number is now also that of threads yet to come
         return self._pool
 

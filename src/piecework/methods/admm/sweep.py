@@ -88,10 +88,11 @@ class Resynchronised:
         first = before is None
         if self._stalled or self.group.size == 1:  # no message of this sweep would carry the news
             first = self.group.any(first or self._other_rows)
-        try:
-            steps = self._first_fit(batch) if first else {} if self._stalled else self._sweep(batch)
-        except _OtherRows:
-            first, steps = True, self._first_fit(batch)
+        with self._crew.at_work(batch):
+            try:
+                steps = self._first_fit(batch) if first else {} if self._stalled else self._sweep(batch)
+            except _OtherRows:
+                first, steps = True, self._first_fit(batch)
         self._network.assign(self._weights)
         assert self._total is not None
         figures = {

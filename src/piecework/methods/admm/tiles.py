@@ -63,13 +63,10 @@ class Tiles:
         """A float64 accumulator beside the weights."""
         return torch.zeros(*shape, dtype=torch.float64, device=self.device)
 
-    def of(self, batch: Batch, most: int, *, first: int = 0, every: int = 1) -> Iterator[tuple[Tensor, Tensor, slice]]:
-        """Every so many tiles of the batch in order, on the device of the weights: features, targets, rows.
-
-        most: rows of a tile, where the buffers hold more."""
-        size = min(self.rows, most)
-        for start in range(first * size, len(batch), every * size):
-            rows = slice(start, min(start + size, len(batch)))
+    def of(self, batch: Batch, *, first: int = 0, every: int = 1) -> Iterator[tuple[Tensor, Tensor, slice]]:
+        """Every so many tiles of the batch in order, on the device of the weights: features, targets, rows."""
+        for start in range(first * self.rows, len(batch), every * self.rows):
+            rows = slice(start, min(start + self.rows, len(batch)))
             yield batch.x[rows].to(self.device), batch.y[rows].to(self.device), rows
 
     def forward(self, x: Tensor, weights: list[Tensor]) -> Tensor:

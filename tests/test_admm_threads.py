@@ -63,21 +63,53 @@ def test_two_threads_give_the_same_bits_every_time() -> None:
         assert same == value
 
 
+class _Watching(nn.Module):
+    """Notes which thread prepares a tile, among how many its operations are divided, and whether it keeps gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[int, int, bool]] = set()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        torch.mm(x.t(), x)
+        self.seen.add((threading.get_ident(), torch.get_num_threads(), torch.is_grad_enabled()))
+        return x
+
+
 @pytest.mark.usefixtures("threads")
-def test_workers_have_one_thread_each_and_everybody_else_has_what_he_had() -> None:
-    training, _, _ = _train(quarters(1000), 2)
-    pool = training._crew._pool
-
-    def number() -> int:
-        torch.randn(100, 100) @ torch.randn(100, 100)
-        return torch.get_num_threads()
-
-    assert pool.submit(number).result() == 1
+def test_within_a_sweep_a_thread_works_alone_and_afterwards_everybody_has_what_he_had() -> None:
+    torch.set_num_threads(2)
+    watching = _Watching()
+    batch = quarters(1000)
+    sweeps(bind(nn.Sequential(watching, chain(5, 24, 4)), tile=64), batch, 2)
+    assert len({thread for thread, _, _ in watching.seen}) == 2
+    assert {(number, grad) for _, number, grad in watching.seen} == {(1, False)}
     found = [torch.get_num_threads()]
     later = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
     later.start()
     later.join()
     assert found == [2, 2]
+
+
+@pytest.mark.usefixtures("threads")
+def test_a_thread_keeps_the_number_it_took_whatever_others_set() -> None:
+    torch.set_num_threads(2)
+    found = []
+    taken, others_set = threading.Event(), threading.Event()
+
+    def look() -> None:
+        crew._take_threads(1)
+        taken.set()
+        others_set.wait()
+        found.append(torch.get_num_threads())
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    taken.wait()
+    torch.set_num_threads(3)
+    others_set.set()
+    thread.join()
+    assert found == [1]
 
 
 @pytest.mark.usefixtures("threads")
@@ -97,6 +129,17 @@ def test_wide_layers_and_few_rows_leave_the_threads_to_the_products(monkeypatch:
     torch.set_num_threads(4)
     both = bind(chain(5, 24, 4))
     assert (len(both._crew.tiles), both._crew._threads) == (2, 2)
+
+
+@pytest.mark.usefixtures("threads")
+def test_a_tile_has_so_many_numbers_for_each_thread_that_shares_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(2)
+    wide = chain(5, 500, 4)
+    apart = bind(wide)._crew.tiles
+    monkeypatch.setattr(crew, "WIDEST", 499)
+    together = bind(wide)._crew.tiles
+    assert [tiles.rows for tiles in apart] == [640, 640]
+    assert [tiles.rows for tiles in together] == [1280]
 
 
 class _Refusing(nn.Module):

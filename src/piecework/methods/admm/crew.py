@@ -6,7 +6,6 @@ wait for each other's memory. Threads that share nothing but the weights do not.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -63,8 +62,9 @@ class Crew:
 
     @contextmanager
     def at_work(self, batch: Batch) -> Iterator[None]:
-        """Within, this thread does not divide its operations if the workers of this batch are apart: torch's helpers go
-        on turning for milliseconds after each operation they shared in, and would be in the workers' way."""
+        """Every `sum` over this batch belongs within: there, if the workers are apart, this thread does not divide its
+        operations. torch's helpers go on turning for milliseconds after each operation they shared in, and would be in
+        the workers' way. Afterwards it, and threads yet to come, have the number it had."""
         threads = torch.get_num_threads()
         if not self._apart(batch):
             yield
@@ -95,11 +95,8 @@ class Crew:
 
     def _others(self) -> ThreadPoolExecutor:
         if self._pool is None:
-            threads, others = torch.get_num_threads(), len(self.tiles) - 1
+            others = len(self.tiles) - 1
             self._pool = ThreadPoolExecutor(others, "admm", initializer=_take_threads, initargs=(self._threads,))
-            all_there = threading.Barrier(others)
-            wait([self._pool.submit(all_there.wait) for _ in range(others)])
-            torch.set_num_threads(threads)  # the workers' number is now also that of threads yet to come
         return self._pool
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import threading
+import time
 from collections.abc import Iterator
 from functools import partial
 
@@ -11,8 +13,9 @@ import torch
 from torch import nn
 
 from chains import bind, chain, flat, quarters, sweeps
-from piecework import losses
+from piecework import losses, testing
 from piecework.methods.admm import crew
+from piecework.nn import Standardise
 from piecework.training import Batch
 
 close = partial(torch.testing.assert_close, rtol=0, atol=1e-10)
@@ -63,7 +66,7 @@ def test_two_threads_give_the_same_bits_every_time() -> None:
         assert same == value
 
 
-class _Watching(nn.Module):
+class _Watching(nn.Identity):
     """Notes which thread prepares a tile, among how many its operations are divided, and whether it keeps gradients."""
 
     def __init__(self) -> None:
@@ -126,9 +129,10 @@ def test_wide_layers_and_few_rows_leave_the_threads_to_the_products(monkeypatch:
     assert len(wide._crew.tiles) == 1
     monkeypatch.setattr(crew, "WIDEST", 24)
     monkeypatch.setattr(crew, "MOST_WORKERS", 2)
-    torch.set_num_threads(4)
-    both = bind(chain(5, 24, 4))
-    assert (len(both._crew.tiles), both._crew._threads) == (2, 2)
+    for number, workers, each in [(3, 1, 2), (4, 2, 2), (5, 1, 3), (6, 2, 3)]:
+        torch.set_num_threads(number)
+        both = bind(chain(5, 24, 4))
+        assert (len(both._crew.tiles), both._crew._threads) == (workers, each)
 
 
 @pytest.mark.usefixtures("threads")
@@ -142,7 +146,7 @@ def test_a_tile_has_so_many_numbers_for_each_thread_that_shares_it(monkeypatch: 
     assert [tiles.rows for tiles in together] == [1280]
 
 
-class _Refusing(nn.Module):
+class _Refusing(nn.Identity):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if (x == 7).any():
             raise ValueError("seven")
@@ -157,3 +161,115 @@ def test_an_error_in_any_thread_is_the_error_of_the_sweep(row: int) -> None:
     batch.x[row] = 7
     with pytest.raises(ValueError, match="seven"):
         sweeps(bind(nn.Sequential(_Refusing(), chain(5, 24, 4)), tile=64), batch, 1)
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.usefixtures("threads")
+def test_a_pass_that_fails_leaves_nobody_behind_who_writes() -> None:
+    torch.set_num_threads(2)
+    staff = bind(chain(5, 24, 4), tile=64)._crew
+    ended = []
+
+    def work(tiles, share):  # type: ignore[no-untyped-def]
+        if tiles is staff.tiles[0]:
+            raise ValueError("seven")
+        time.sleep(0.2)
+        ended.append(tiles)
+        return []
+
+    with pytest.raises(ValueError, match="seven"):
+        staff.sum(quarters(1000), work)
+    assert ended == [staff.tiles[1]]
+
+
+@pytest.mark.usefixtures("threads")
+def test_sums_are_added_in_the_order_of_the_workers_whoever_is_first() -> None:
+    torch.set_num_threads(3)
+    staff = bind(chain(5, 24, 4), tile=64)._crew
+    values = [1e20, -1e20, 1.0]
+
+    def work(tiles, share):  # type: ignore[no-untyped-def]
+        worker = staff.tiles.index(tiles)
+        time.sleep(0.2 * (worker == 1))
+        return [torch.tensor([values[worker]])]
+
+    (total,) = staff.sum(quarters(1000), work)
+    assert float(total) == 1.0
+
+
+@pytest.mark.usefixtures("threads")
+def test_workers_do_not_divide_their_operations_wherever_they_are_asked_from() -> None:
+    torch.set_num_threads(2)
+    staff = bind(chain(5, 24, 4), tile=64)._crew
+    (numbers,) = staff.sum(
+        quarters(1000), lambda tiles, _: [torch.tensor([torch.get_num_threads()]) * (tiles is staff.tiles[1])]
+    )
+    assert int(numbers) == 1
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.usefixtures("threads")
+def test_a_training_that_is_bound_while_another_sweeps_has_all_threads() -> None:
+    torch.set_num_threads(2)
+    one, batch = bind(chain(5, 24, 4), tile=64), quarters(1000)
+    workers, numbers = [], []
+
+    def bound() -> None:
+        other = bind(chain(5, 24, 4), tile=64)
+        workers.append(len(other._crew.tiles))
+        other.step(batch)
+        numbers.append(torch.get_num_threads())
+
+    def look() -> None:
+        numbers.append(torch.get_num_threads())
+
+    with one._crew.at_work(batch):
+        for call in (bound, look):
+            thread = threading.Thread(target=call)
+            thread.start()
+            thread.join()
+        assert torch.get_num_threads() == 1
+    assert workers == [2]
+    look()
+    assert numbers == [2, 2, 2]
+
+
+@pytest.mark.usefixtures("threads")
+def test_ranks_in_memory_have_all_threads_each_and_the_same_bits_every_time() -> None:
+    torch.set_num_threads(2)
+    batch = quarters(2000)
+
+    def rank(group):  # type: ignore[no-untyped-def]
+        model = chain(5, 24, 4)
+        training = bind(model, group=group, tile=64)
+        half = slice(1000 * group.rank, 1000 * group.rank + 1000)
+        sweeps(training, Batch(batch.x[half], batch.y[half]), 3)
+        return len(training._crew.tiles), flat(model)
+
+    first = None
+    for _ in range(8):
+        (ones, weights), (twos, same) = testing.threads(2, rank)
+        assert (ones, twos) == (2, 2)
+        first = weights if first is None else first
+        assert torch.equal(weights, first)
+        assert torch.equal(same, first)
+
+
+@pytest.mark.usefixtures("threads")
+def test_a_layer_that_draws_random_numbers_is_asked_by_one_thread() -> None:
+    torch.set_num_threads(2)
+    assert len(bind(nn.Sequential(nn.Dropout(0.1), chain(5, 24, 4)))._crew.tiles) == 1
+    scaling = Standardise(torch.zeros(5), torch.ones(5))
+    assert len(bind(nn.Sequential(nn.Flatten(), scaling, chain(5, 24, 4)))._crew.tiles) == 2
+
+
+@pytest.mark.usefixtures("threads")
+def test_a_sweep_works_in_inference_mode_and_so_does_a_copy() -> None:
+    batch = quarters(1000)
+    _, weights, _ = _train(batch, 1, multiplier=True)
+    with torch.inference_mode():
+        _, same, _ = _train(batch, 2, multiplier=True)
+    close(same, weights)
+    training, _, value = _train(batch, 2)
+    again = copy.deepcopy(training)
+    assert float(again.step(batch)["loss"]) < value

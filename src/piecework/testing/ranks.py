@@ -60,9 +60,13 @@ def threads(
     found: dict[int, Any] = {}
     failures: dict[int, BaseException] = {}
 
+    all_looked = threading.Barrier(n)
+
     def work(rank: int) -> None:
         why = f"rank {rank} has finished"
         try:
+            torch.get_num_threads()  # a thread takes over torch's number at its first look: before any rank changes it
+            all_looked.wait()
             with thread_rank():
                 found[rank] = fn(Threads(rank, board))
         except BaseException as error:  # whatever ends a rank is its outcome

@@ -6,9 +6,12 @@ wait for each other's memory. Threads that share nothing but the weights do not.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,16 +20,19 @@ from ...training import Batch
 from .network import Network
 from .tiles import Tiles
 
+T = TypeVar("T")
 Share = Iterator[tuple[Tensor, Tensor, slice]]
 """Tiles of a batch: features, targets, rows."""
 
 MOST_WORKERS = 8
 """Python dispatches the operations of all workers under one lock; more threads than this divide each operation."""
 WIDEST = 1024
-"""Units of a layer up to which threads work apart. Beyond, the products are large enough to be divided, and a float64
-Gram matrix a thread would be the larger cost."""
+"""Features, or units of a layer, up to which threads work apart. Beyond, the products are large enough to be divided,
+and a float64 Gram matrix a thread would be the larger cost."""
 TILES_APART = 4
 """Of each worker, at least; on fewer rows than that the operations are divided."""
+_TURN = threading.Lock()
+"""Held while torch's number of threads for threads yet to come is not what their user set."""
 
 
 class Crew:
@@ -35,13 +41,14 @@ class Crew:
     tile: rows of a tile; None chooses. On other devices than the processor there is one worker."""
 
     def __init__(self, network: Network, *, gamma: float, beta: float, flips: bool, tile: int | None) -> None:
-        threads, widest = torch.get_num_threads(), max(network.widths)
-        apart = network.linears[0].weight.device.type == "cpu" and widest <= WIDEST
-        workers = min(threads, MOST_WORKERS) if apart else 1
-        self._threads = max(1, threads // workers)
+        with _TURN:
+            threads = torch.get_num_threads()
+        on_cpu = network.linears[0].weight.device.type == "cpu"
+        apart = on_cpu and network.stateless and max(network.widths) <= WIDEST
+        self._threads = -(-threads // MOST_WORKERS) if apart else threads
         self.tiles = [
-            Tiles(network, gamma=gamma, beta=beta, flips=flips, rows=tile, threads=self._threads)
-            for _ in range(workers)
+            Tiles(network, gamma=gamma, beta=beta, flips=flips, rows=tile, threads=self._threads if on_cpu else 1)
+            for _ in range(threads // self._threads)
         ]
         self.device, self.widths = self.tiles[0].device, network.widths
         self.columns = [a.shape[1] for a in self.tiles[0].a]
@@ -51,6 +58,10 @@ class Crew:
             tiles.relax = self.relax
         self._pool: ThreadPoolExecutor | None = None
         """The other workers' threads; the first worker is the thread that asks."""
+        self._busy: list[Future[list[Tensor]]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_pool": None, "_busy": []}
 
     def zeros(self, *shape: int) -> Tensor:
         """A float64 accumulator beside the weights."""
@@ -64,16 +75,15 @@ class Crew:
     def at_work(self, batch: Batch) -> Iterator[None]:
         """Every `sum` over this batch belongs within: there, if the workers are apart, this thread does not divide its
         operations. torch's helpers go on turning for milliseconds after each operation they shared in, and would be in
-        the workers' way. Afterwards it, and threads yet to come, have the number it had."""
-        threads = torch.get_num_threads()
+        the workers' way. Other threads keep the number they have."""
         if not self._apart(batch):
             yield
             return
-        _take_threads(self._threads)
+        threads = _take_threads(self._threads)
         try:
             yield
         finally:
-            torch.set_num_threads(threads)
+            _take_threads(threads)
 
     def sum(self, batch: Batch, work: Callable[[Tiles, Share], list[Tensor]]) -> list[Tensor]:
         """work(buffers, tiles) on every worker, each on every n-th tile of the batch; the sums of what they return.
@@ -82,16 +92,23 @@ class Crew:
         if not self._apart(batch):
             return work(self.tiles[0], self.tiles[0].of(batch))
         shares = [tiles.of(batch, first=i, every=len(self.tiles)) for i, tiles in enumerate(self.tiles)]
-        pool = self._others()
-        others = [pool.submit(_alone, work, *one) for one in zip(self.tiles[1:], shares[1:], strict=True)]
+        pool, alone = self._others(), partial(_alone, work, torch.is_inference_mode_enabled())
+        self._settle()  # whom a pass that was interrupted twice left behind
         try:
+            for tiles, share in zip(self.tiles[1:], shares[1:], strict=True):
+                self._busy.append(pool.submit(alone, tiles, share))
             total = work(self.tiles[0], shares[0])
-            for other in others:
+            for other in self._busy:
                 for mine, theirs in zip(total, other.result(), strict=True):
                     mine += theirs
         finally:
-            wait(others)  # an interrupted pass leaves nobody behind who writes
+            self._settle()
         return total
+
+    def _settle(self) -> None:
+        """Wait until nobody writes any more."""
+        wait(self._busy)
+        self._busy = []
 
     def _others(self) -> ThreadPoolExecutor:
         if self._pool is None:
@@ -100,12 +117,24 @@ class Crew:
         return self._pool
 
 
-def _take_threads(number: int) -> None:
-    """Let the operations of this thread be divided among so many, whatever others set for themselves afterwards."""
-    torch.set_num_threads(number)
-    torch.get_num_threads()  # the first look takes over the number that was set last, by any thread: take it now
+def _take_threads(number: int) -> int:
+    """Let the operations of this thread be divided among so many, and of no other; returns among how many they were.
+
+    torch keeps a number for each thread and one that a thread takes over when it first looks. Setting either sets both,
+    so the second is put back, by a thread that is nothing but that."""
+    with _TURN:
+        before = torch.get_num_threads()
+        everybodys = _in_a_new_thread(torch.get_num_threads)
+        torch.set_num_threads(number)
+        _in_a_new_thread(partial(torch.set_num_threads, everybodys))
+    return before
 
 
-@torch.no_grad()
-def _alone(work: Callable[[Tiles, Share], list[Tensor]], tiles: Tiles, share: Share) -> list[Tensor]:
-    return work(tiles, share)
+def _in_a_new_thread(call: Callable[[], T]) -> T:
+    with ThreadPoolExecutor(1) as new:
+        return new.submit(call).result()
+
+
+def _alone(work: Callable[[Tiles, Share], list[Tensor]], inference: bool, tiles: Tiles, share: Share) -> list[Tensor]:
+    with torch.inference_mode(inference), torch.no_grad():
+        return work(tiles, share)

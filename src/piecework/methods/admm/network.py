@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...layers import layers
+from ...nn import Standardise
 from ...solvers.prox import Activation, activation_of
 from ...training import CannotTrain
 
@@ -17,6 +18,7 @@ WAY_OUT = (
     "network"
 )
 PREPARING = (nn.Flatten, nn.Identity)
+STATELESS = (*PREPARING, Standardise)
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,11 @@ class Network:
     def widths(self) -> list[int]:
         """d_0, ..., d_L."""
         return [self.linears[0].in_features, *(linear.out_features for linear in self.linears)]
+
+    @property
+    def stateless(self) -> bool:
+        """Whether tiles may be prepared in several threads at once: no layer draws random numbers or keeps anything."""
+        return all(isinstance(module, STATELESS) for module in self.preparing)
 
     @torch.no_grad()
     def weights(self) -> list[Tensor]:

@@ -17,12 +17,9 @@ from ...training import Batch
 from .network import Network
 
 TILE_NUMBERS = 320_000
-"""Numbers a thread in the widest matrix of a tile: 1024 rows of 300 units, which stay in the core's own cache.
+"""Numbers a thread in the widest matrix of a tile: 1024 rows of 300 units, the fastest of several on two processes.
 
-Larger ones leave it for the cache that the cores share, which two processes on one machine fight for; smaller cost
-calls."""
-
-
+Larger ones fill the cache that the cores share, which two processes on one machine fight for; smaller cost calls."""
 FAR = 1e15
 """Times a positive activation: beyond anything that is compared with it."""
 

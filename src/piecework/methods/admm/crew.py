@@ -1,7 +1,7 @@
 """The threads of a pass: each works through its own tiles in its own buffers, and their sums are added at the end.
 
-Operations that all threads share hand every tile from one core's cache to the other's, and cores that are far apart
-wait for each other's memory. Threads that share nothing but the weights do not.
+Operations that all threads share hand every tile from one core to the other; threads that share nothing but the weights
+do not.
 """
 
 from __future__ import annotations

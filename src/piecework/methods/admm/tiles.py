@@ -1,7 +1,7 @@
 """One tile of rows at a time: forward pass, backward targets and tangents in buffers that are allocated once.
 
 Legend: T rows of a tile, l = 0..L-1 the layers, a[l] the input of layer l with a column of ones where the layer has a
-bias, z[l] its output. A tile's matrices stay in cache while everything that needs them is accumulated.
+bias, z[l] its output. Everything that needs a tile's matrices is accumulated before the next tile is read.
 """
 
 from __future__ import annotations

@@ -256,6 +256,21 @@ def test_ranks_in_memory_have_all_threads_each_and_the_same_bits_every_time() ->
 
 
 @pytest.mark.usefixtures("threads")
+def test_a_rank_in_memory_keeps_its_threads_when_another_sets_its_own_at_once() -> None:
+    torch.set_num_threads(2)
+    has_set = threading.Event()
+
+    def rank(group):  # type: ignore[no-untyped-def]
+        if group.rank == 0:
+            torch.set_num_threads(1)
+            has_set.set()
+        assert has_set.wait(10)
+        return torch.get_num_threads()
+
+    assert testing.threads(2, rank) == [1, 2]
+
+
+@pytest.mark.usefixtures("threads")
 def test_a_layer_that_draws_random_numbers_is_asked_by_one_thread() -> None:
     torch.set_num_threads(2)
     assert len(bind(nn.Sequential(nn.Dropout(0.1), chain(5, 24, 4)))._crew.tiles) == 1

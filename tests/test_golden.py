@@ -21,7 +21,7 @@ import torch
 from piecework import losses
 from piecework.fit import fit
 from piecework.formats import model_bytes
-from piecework.methods import ADMM, CG, LBFGS, METHODS, SGD, Adam
+from piecework.methods import ADMM, CG, LBFGS, METHODS, SGD, Adam, GaussNewton
 from piecework.models import mlp
 from piecework.testing.check import classes
 from piecework.training import Method
@@ -34,6 +34,7 @@ RECIPES: dict[str, Callable[[], Method]] = {
     "adam": partial(Adam, lr=0.03),
     "lbfgs": LBFGS,
     "cg": CG,
+    "gauss-newton": GaussNewton,
 }
 
 

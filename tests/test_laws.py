@@ -14,7 +14,8 @@ from torch import nn
 from piecework import losses
 from piecework.group import Group, Solo
 from piecework.losses import Loss
-from piecework.methods import ADMM, CG, LBFGS, METHODS, SGD, Adam
+from piecework.methods import ADMM, CG, LBFGS, METHODS, SGD, Adam, GaussNewton
+from piecework.methods.gauss_newton.choice import SOLVERS
 from piecework.models import mlp
 from piecework.testing.check import LAWS, Case, check_training, classes
 from piecework.training import Batch, Method, Metrics
@@ -29,6 +30,8 @@ CASES: dict[str, tuple[Callable[[], Method], int]] = {
     "admm": (ADMM, 6),
     "admm-multiplier": (partial(ADMM, multiplier=True), 6),
     "admm-taylor2016": (partial(ADMM, mode="taylor2016"), 20),
+    "gauss-newton": (GaussNewton, 4),
+    **{f"gauss-newton-{solver}": (partial(GaussNewton, solver=solver), 4) for solver in SOLVERS},
     "sgd": (SGD, 12),
     "adam": (partial(Adam, lr=0.03), 12),
     "lbfgs": (LBFGS, 6),

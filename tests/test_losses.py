@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from piecework import losses
-from piecework.losses import Hinge, Logistic, Loss, Softmax, Squared, encode
+from piecework.losses import CurvedLoss, Hinge, Logistic, Loss, Softmax, Squared, encode
 from piecework.training import BadInput, CannotTrain
 
 # name: (loss, outputs)
@@ -166,7 +166,7 @@ def test_classes_are_encoded_and_real_targets_pass() -> None:
     assert encode(real, 2, torch.float32).dtype == torch.float32
     assert Squared().targets(real, 2, torch.float64).tolist() == real.tolist()
     assert float(Squared()(real + 1, real)) == 2
-    assert Squared().residual(real + 1, real).tolist() == [[1, 1]]
+    assert Squared().residual(real + 1, real).square().tolist() == [[pytest.approx(2), pytest.approx(2)]]
 
 
 def test_losses_are_found_by_name_and_by_task() -> None:
@@ -193,3 +193,53 @@ def test_a_loss_that_does_not_fit_the_task_says_which_would() -> None:
     for fits in (Squared(), Hinge(), Softmax()):
         fits.check("multiclass", 3)
     Squared().check("regression", 2)
+
+
+CURVED = {name: case for name, case in CASES.items() if "hinge" not in name}
+
+
+@pytest.mark.parametrize("name", CURVED)
+def test_the_root_times_its_transpose_is_the_curvature(name: str) -> None:
+    loss, outputs = CURVED[name]
+    z, y = _problem(outputs)
+    units = [torch.eye(outputs, dtype=z.dtype)[c].expand_as(z) for c in range(outputs)]
+    root = torch.stack([_curved(loss).root_mv(z, y, unit) for unit in units], dim=2)
+    transposed = torch.stack([_curved(loss).root_t_mv(z, y, unit) for unit in units], dim=2)
+    hessian = torch.stack([loss.hessian_mv(z, y, unit) for unit in units], dim=2)
+    torch.testing.assert_close(transposed, root.transpose(1, 2), rtol=0, atol=1e-14)
+    torch.testing.assert_close(root @ root.transpose(1, 2), hessian, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", CURVED)
+def test_the_root_times_the_residual_is_the_gradient(name: str) -> None:
+    loss, outputs = CURVED[name]
+    z, y = _problem(outputs)
+    torch.testing.assert_close(
+        _curved(loss).root_mv(z, y, _curved(loss).residual(z, y)), loss.gradient(z, y), rtol=0, atol=1e-13
+    )
+
+
+@pytest.mark.parametrize("name", CURVED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_residuals_stay_finite_where_a_row_is_wrong_and_sure_of_it(name: str, dtype: torch.dtype) -> None:
+    loss, outputs = CURVED[name]
+    z, y = _problem(outputs)
+    z = (400 * z).to(dtype)
+    s = _curved(loss).residual(z, y)
+    assert bool(s.isfinite().all())
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-13
+    scale = float(loss.gradient(z, y).abs().max())
+    torch.testing.assert_close(
+        _curved(loss).root_mv(z, y, s), loss.gradient(z, y), rtol=tolerance, atol=tolerance * scale
+    )
+
+
+def test_the_squared_residual_gives_the_total() -> None:
+    z, y = _problem(5)
+    s = Squared().residual(z, y)
+    assert float(s.square().sum() / 2) == pytest.approx(float(Squared().total(z, y)), rel=1e-14)
+
+
+def _curved(loss: Loss) -> CurvedLoss:
+    assert isinstance(loss, Squared | Logistic | Softmax)
+    return loss

@@ -80,7 +80,8 @@ def fit(
     resume: go on from that folder, as if never stopped, on as many ranks with the same seed and batch size.
     on_row: called with each row on rank 0; the run ends if it returns True.
 
-    A row's step figures are, for mini-batch methods, means over the steps since the last row (`loss` weighted by rows),
+    A Training may have `words`, a dictionary of words about its last step; rank 0's are put into the row. A row's step
+    figures are, for mini-batch methods, means over the steps since the last row (`loss` weighted by rows),
     for full-batch methods those of the last step; over the ranks that report them, `loss` is again weighted by rows and
     any other figure averaged. `bytes_sent` and `rounds` are those of the rank that sent most, without evaluation.
 
@@ -276,7 +277,8 @@ class _Loop:
         self.training.sync()
         spent = {"seconds": self.seconds, "pace": self.pace, "bytes_sent": self.bytes_sent, "rounds": self.rounds}
         sums = own_sums(self.training.model, self.data, self.loss, group)
-        told = exchange_notes(group, {**spent, "sums": sums, "metrics": self.meter.read()})
+        words = dict(getattr(self.training, "words", {}))
+        told = exchange_notes(group, {**spent, "sums": sums, "metrics": self.meter.read(), "words": words})
         self.seconds, self.pace = told[0]["seconds"], tuple(told[0]["pace"])
         row = self._row(told)
         self.history.about.setdefault("parameters", sum(one.numel() for one in self.training.model.parameters()))
@@ -312,7 +314,7 @@ class _Loop:
             "bytes_sent": max(note["bytes_sent"] for note in told),
             "rounds": max(note["rounds"] for note in told),
         }
-        figures = merged_metrics([note["metrics"] for note in told])
+        figures: dict[str, Any] = {**merged_metrics([note["metrics"] for note in told]), **told[0]["words"]}
         if taken := row.keys() & figures.keys():
             raise ValueError(f"the step reports {', '.join(sorted(taken))}, which rows have already; name it otherwise")
         return {**row, **figures}

@@ -6,6 +6,7 @@ z: (n, k) outputs; y: (n,) int64 classes from 0, or (n, k) real targets.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
@@ -66,6 +67,25 @@ class Loss(Protocol):
         ...
 
 
+class CurvedLoss(Loss, Protocol):
+    """A loss whose curvature at the outputs of a sample has a root B, (k, k): B B^T is the Hessian of the total.
+
+    With the residual s, for which B s is the gradient, the total is to second order in a move u of the outputs
+    1/2 ||s + B^T u||^2 and a constant: a least-squares problem, which is what Gauss-Newton needs."""
+
+    def residual(self, z: Tensor, y: Tensor) -> Tensor:
+        """s, (n, k)."""
+        ...
+
+    def root_mv(self, z: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        """B v, (n, k)."""
+        ...
+
+    def root_t_mv(self, z: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        """B^T v, (n, k)."""
+        ...
+
+
 def encode(y: Tensor, num_outputs: int, dtype: torch.dtype) -> Tensor:
     """(n, k) one-hot classes, (n, 1) 0/1 for one output, or real targets unchanged."""
     if y.is_floating_point():
@@ -107,15 +127,21 @@ class Squared:
     def targets(self, y: Tensor, num_outputs: int, dtype: torch.dtype) -> Tensor:
         return encode(y, num_outputs, dtype)
 
-    def residual(self, z: Tensor, y: Tensor) -> Tensor:
-        """z - y, (n, k); the total is its sum of squares."""
-        return z - encode(y, z.shape[1], z.dtype)
-
     def gradient(self, z: Tensor, y: Tensor) -> Tensor:
-        return self.residual(z, y).mul_(2)
+        return (z - encode(y, z.shape[1], z.dtype)).mul_(2)
 
     def hessian_mv(self, z: Tensor, y: Tensor, v: Tensor) -> Tensor:
         return 2 * v
+
+    def residual(self, z: Tensor, y: Tensor) -> Tensor:
+        """sqrt(2) (z - y): the total has no 1/2."""
+        return (z - encode(y, z.shape[1], z.dtype)).mul_(_ROOT_TWO)
+
+    def root_mv(self, z: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        return _ROOT_TWO * v
+
+    def root_t_mv(self, z: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        return _ROOT_TWO * v
 
     def prox(self, m: Tensor, y: Tensor, beta: float, dual: Tensor | None = None) -> Tensor:
         return prox.squared(m, encode(y, m.shape[1], m.dtype), beta, dual)
@@ -207,6 +233,20 @@ class Logistic:
         p = torch.sigmoid(z)
         return p * (1 - p) * v
 
+    def residual(self, z: Tensor, y: Tensor) -> Tensor:
+        return self.gradient(z, y) / self._root(z)
+
+    def root_mv(self, z: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        return self._root(z) * v
+
+    def root_t_mv(self, z: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        return self._root(z) * v
+
+    @staticmethod
+    def _root(z: Tensor) -> Tensor:
+        """sqrt(p (1 - p)), bounded below: far out the curvature vanishes before the gradient does."""
+        return (torch.sigmoid(z) * torch.sigmoid(-z)).clamp_min(_least(z)).sqrt()
+
     def prox(self, m: Tensor, y: Tensor, beta: float, dual: Tensor | None = None) -> Tensor:
         return prox.logistic(m, self.targets(y, m.shape[1], m.dtype), beta, dual)
 
@@ -253,6 +293,25 @@ class Softmax:
         p = torch.softmax(z, 1)
         return p * (v - (p * v).sum(1, keepdim=True))
 
+    def residual(self, z: Tensor, y: Tensor) -> Tensor:
+        q = self._root(z)
+        return (
+            self.gradient(z, y) / q
+        )  # the projection I - q q^T of the root leaves it as it is: q^T s = sum(p - y) = 0
+
+    def root_mv(self, z: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        q = self._root(z)
+        return q * (v - q * (q * v).sum(1, keepdim=True))
+
+    def root_t_mv(self, z: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        q = self._root(z)
+        return q * v - q * (q * q * v).sum(1, keepdim=True)
+
+    @staticmethod
+    def _root(z: Tensor) -> Tensor:
+        """q = sqrt(p), bounded below; B = diag(q) (I - q q^T)."""
+        return torch.softmax(z, 1).clamp_min(_least(z)).sqrt()
+
     def prox(self, m: Tensor, y: Tensor, beta: float, dual: Tensor | None = None) -> Tensor:
         return prox.softmax(m, self.targets(y, m.shape[1], m.dtype), beta, dual)
 
@@ -263,6 +322,14 @@ class Softmax:
 
     def plain(self) -> Softmax:
         return replace(self, label_smoothing=0.0)
+
+
+_ROOT_TWO = math.sqrt(2.0)
+
+
+def _least(z: Tensor) -> float:
+    """The least probability of which a root divides: its square root is 1e-6 in float32, 1e-14 in float64."""
+    return 1e-28 if z.dtype == torch.float64 else 1e-12
 
 
 def _need_classes(name: str, task: Task) -> None:

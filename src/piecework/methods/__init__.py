@@ -6,10 +6,12 @@ from ..training import Method
 from .admm import ADMM
 from .cg import CG
 from .first_order import SGD, Adam
+from .gauss_newton import GaussNewton
 from .lbfgs import LBFGS
 
 METHODS: dict[str, type[Method]] = {
     "admm": ADMM,
+    "gauss-newton": GaussNewton,
     "sgd": SGD,
     "adam": Adam,
     "lbfgs": LBFGS,
@@ -17,4 +19,4 @@ METHODS: dict[str, type[Method]] = {
 }
 """Recipe classes by their kebab-case names."""
 
-__all__ = ["ADMM", "CG", "LBFGS", "METHODS", "SGD", "Adam"]
+__all__ = ["ADMM", "CG", "LBFGS", "METHODS", "SGD", "Adam", "GaussNewton"]

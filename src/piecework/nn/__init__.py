@@ -1,6 +1,7 @@
 """Layers torch lacks."""
 
 from .activations import HardSigmoid, Sign
+from .residual import Residual
 from .standardise import Standardise
 
-__all__ = ["HardSigmoid", "Sign", "Standardise"]
+__all__ = ["HardSigmoid", "Residual", "Sign", "Standardise"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -112,36 +113,48 @@ def cg(
     warm start, 0 without; precondition: r -> an approximation of A^-1 r, symmetric positive definite;
     max_iterations: 10 times the unknowns without. Stops when the recursion says |b - Ax| <= tolerance |b|; the residual
     that is returned is computed afresh, by one more product, and a solution that rounding keeps from the tolerance is
-    not ok."""
+    not ok. Vectors keep the dtype of b; inner products and norms are summed in float64."""
     x = torch.zeros_like(b) if start is None else start.clone()
     r = b.clone() if start is None else b - product(start)
     if not bool(torch.isfinite(r).all()):
         return _unsolved(b, "the right-hand side or the start of conjugate gradients is not finite", 0)
-    norm = float(torch.linalg.vector_norm(b))
+    norm = _norm(b)
     if norm == 0:
         return Solved(torch.zeros_like(b), "", 0, 0.0)
     most = 10 * b.numel() if max_iterations is None else max_iterations
     reason, iteration, p, rz = "", 0, torch.zeros_like(b), 1.0
-    while float(torch.linalg.vector_norm(r)) > tolerance * norm:
+    while not _norm(r) <= tolerance * norm:
         if iteration == most:
             reason = (
                 f"conjugate gradients stopped at {most} iterations; raise max_iterations, add damping, or precondition"
             )
             break
         z = precondition(r) if precondition else r
-        rz, before = float((r * z).sum()), rz
+        rz, before = _inner(r, z), rz
         p = z + (rz / before) * p
         q = product(p)
-        bend = float((p * q).sum())
+        bend = _inner(p, q)
+        if not (math.isfinite(bend) and math.isfinite(rz)):
+            return _unsolved(b, "a product or the preconditioner of conjugate gradients is not finite", iteration)
         if not (bend > 0 and rz > 0):
             reason = "the matrix or its preconditioner is not positive definite; add damping"
             break
         x, r = x + (rz / bend) * p, r - (rz / bend) * q
         iteration += 1
-    residual = _relative(product(x) - b, b)
+    residual = _norm(product(x).double() - b) / norm
+    if not math.isfinite(residual):
+        return _unsolved(b, "the answer of conjugate gradients is not finite", iteration)
     if not reason and not residual <= 10 * tolerance:
         reason = f"rounding keeps the relative residual at {residual:.1e}; use float64, add damping, or precondition"
     return Solved(x, reason, iteration, residual)
+
+
+def _inner(a: Tensor, b: Tensor) -> float:
+    return float((a.double() * b.double()).sum())  # products of small float32 numbers would be 0
+
+
+def _norm(a: Tensor) -> float:
+    return float(torch.linalg.vector_norm(a, dtype=torch.float64))
 
 
 def _relative(difference: Tensor, b: Tensor) -> float:

@@ -1,0 +1,126 @@
+"""van den Brand, Peng, Song, Weinstein, "Training (Overparametrized) Neural Networks in Near-Linear Time", ITCS 2021,
+arXiv 2006.11648, Algorithm 1 (`faithful=True`); the default is Levenberg-Marquardt with a choice of solvers.
+
+Problem: the total loss F over all rows of all ranks. At the outputs z its gradient is B s and its curvature B B^T (for
+the squared loss s = sqrt(2) (z - y), B = sqrt(2) I), so that with J = B^T dz/dtheta, (N, P), a move d of the weights
+gives
+
+    F(theta - d) = |s - J d|^2 / 2 + const,   to second order in z and first order in theta                        (1)
+    (K + damping I) g = s,  d = J^T g,   K = J J^T;    the same as    (J^T J + damping I) d = J^T s                 (2)
+    a = -1/2 (J^T J + damping I)^-1 J^T s_dd           s_dd: the second derivative of the residuals along d          (3)
+    theta <- theta - d + a   where the loss falls, and 2 |a| <= 3/4 |d|;  else the damping is raised, and again
+    damping <- damping max(1/3, 1 - (2 rho - 1)^3)     rho: the fall of F over that of (1)                           (4)
+
+(2) by the solver that is cheapest for these N, P and damping; (3) is the geodesic acceleration of Transtrum and Sethna
+(arXiv 1201.5885), (4) Nielsen's rule (1999). With `sample_rows` steps are on some rows only
+(sampled.py).
+
+Differs from the paper
+1. Any network and any loss with curvature, damping, a gain ratio and rejection: the paper's undamped unit step has no
+   defence against a bad start outside its regime of width n^4.
+2. The sketch is one of four solvers, and rarely the fastest: for plain layers K is a sum of Hadamard products of small
+   factors and needs no Jacobian, so that what the sketch saves does not exist: docs/methods/gauss_newton.md.
+3. Conjugate gradients where the published pseudo-code descends on the squared system; the latter is in `faithful`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from ...group import Group, current
+from ...losses import Loss
+from ...training import BadInput, Batch, Training
+from .cost import Solver
+from .levenberg_marquardt import LevenbergMarquardt
+from .objective import LeastSquares
+from .sketches import Sketch
+
+
+@dataclass(frozen=True, kw_only=True)
+class GaussNewton:
+    """Gauss-Newton with Levenberg-Marquardt damping on all rows, for any model and a loss with curvature.
+
+    A step solves one linear system, and moves to where the loss is lower: it never rises. Metrics: `loss`, the mean
+    over all ranks' rows where the step ended; `damping`, relative to the mean diagonal of K; `gain_ratio`; `rejected`,
+    trials of the step that were not taken; `iterations` and `linear_residual` of the solver; `effective_dimension`
+    where it is known; `predicted_seconds` and `solve_seconds` of the solver; `stalled`, 1 where the weights did not
+    move. The row's `solver` says which one it was."""
+
+    solver: Literal["auto"] | Solver = "auto"
+    """exact: Cholesky of K; qr, cholesky: of J and of J^T J, where parameters are fewer than rows; cg, rpchol, nystrom,
+    sketch: conjugate gradients, plain, or preconditioned by a randomly pivoted Cholesky factor, a Nystrom approximation
+    or a sketch; auto: the cheapest by a cost model that measures the machine."""
+    damping: float = 1e-3
+    """At the start, relative to the mean diagonal of K; from there it follows the gain ratio."""
+    adapt: bool = True
+    """Change the damping by the gain ratio and take back steps that do not lower the loss; without, a fixed damping and
+    every step is taken."""
+    geodesic: bool | None = None
+    """Correct the step by the curvature of the residuals along it: one forward pass and one more right-hand side. None
+    is yes where the system is factored, no where it is solved by conjugate gradients."""
+    eliminate_output: bool = False
+    """After each step solve for the last linear layer in closed form, the others held."""
+    sample_rows: int | None = None
+    """Rows, over all ranks, that a step draws; None takes all. Steps on a sample have a fixed damping and are taken
+    untested."""
+    sample_steps: int | None = None
+    """Steps on samples, over which lr falls linearly to 0; then steps take all rows, damped from where `damping` says.
+    None goes on with samples at a constant lr."""
+    lr: float = 1.0
+    """Factor of a step on a sample."""
+    momentum: float = 0.0
+    """SPRING's decay of the step before, in [0, 1), on samples; with it, lr must be much smaller than 1."""
+    sketch: Sketch = "units"
+    """Of solver sketch: sampled hidden units, or a random projection of the rows of J."""
+    sketch_rows: float = 4.0
+    """Columns of the sketch for each row; below 1 it is of low rank."""
+    inner_tolerance: float = 1e-2
+    """Relative residual at which iterative solvers stop; it tightens by itself where steps contract better."""
+    inner_iterations: int = 250
+    """Iterations of one linear system at most."""
+    max_retries: int = 16
+    """Raises of the damping in a step at most; each is one solve and one forward pass."""
+    tile: int = 4096
+    """Rows that pass through the network at once; it bounds the memory and decides how sums are rounded."""
+    memory: float | None = None
+    """GiB that the Jacobian and the system may take; None is three quarters of the machine's."""
+    faithful: bool = False
+    """The published algorithm literally: undamped, a fresh SRHT, QR, descent to the paper's tolerance, unit steps; for
+    `piecework.models.two_layer_relu` and the squared loss."""
+    seed: int = 0
+    """Of sketches, pivots and samples."""
+
+    def __post_init__(self) -> None:
+        for name in ("damping", "lr", "inner_tolerance", "sketch_rows"):
+            if not getattr(self, name) > 0:
+                raise BadInput(f"gauss-newton: {name} must be positive, got {getattr(self, name)}")
+        for name in ("inner_iterations", "max_retries", "tile", "sample_rows", "sample_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise BadInput(f"gauss-newton: {name} must be at least 1, got {value}")
+        if not 0 <= self.momentum < 1:
+            raise BadInput(f"gauss-newton: momentum must be in [0, 1), got {self.momentum}")
+        if self.sample_rows is None:
+            ignored = [name for name in ("sample_steps", "momentum") if getattr(self, name)]
+            ignored += ["lr"] if self.lr != 1 else []
+            if ignored:
+                raise BadInput(
+                    f"gauss-newton: {ignored[0]} is of steps on samples; give sample_rows too, or leave it out"
+                )
+        if self.memory is not None and not self.memory > 0:
+            raise BadInput(f"gauss-newton: memory is a number of GiB, more than 0, got {self.memory}")
+
+    def bind(self, model: nn.Module, loss: Loss, *, group: Group | None = None) -> Training[Batch]:
+        """Start a Training from the weights of rank 0; rows are sharded over the ranks.
+
+        Raises CannotTrain for a loss without curvature, and for a model without a derivative, with random layers
+        (dropout), with batch normalisation, or with parameters of several dtypes or devices."""
+        group = current() if group is None else group
+        if self.faithful:
+            from .faithful import Faithful
+
+            return Faithful(self, model, loss, group)
+        return LevenbergMarquardt(self, LeastSquares(model, loss, group, tile=self.tile))

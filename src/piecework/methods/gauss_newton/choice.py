@@ -1,0 +1,282 @@
+"""Which solver a step uses, and the system that it makes."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast, get_args
+
+import torch
+from torch import Tensor
+
+from ...training import Batch, CannotTrain
+from .capture import Plan, predicted_bytes
+from .cost import Estimate, Rates, Shape, Solver, estimates, measured
+from .jacobian import Jacobian
+from .objective import Evaluation, LeastSquares
+from .sketches import low_rank, nystrom_of, sketch_of, widest
+from .systems import Krylov, ParameterSpace, ParameterSpaceQR, SampleSpace, Sharded, System, Tiles
+
+if TYPE_CHECKING:
+    from . import GaussNewton
+
+SOLVERS = get_args(Solver)
+SMALL = 0.02
+"""Seconds: a direct solver that is predicted to take less is taken without looking further."""
+MEMORY = 0.75
+"""Of the machine's, where the recipe does not say."""
+PILOT_RANK = 128
+"""Columns of K from which the effective dimension is guessed."""
+MOVED = 30.0
+"""A factor of the damping at which the choice is made anew."""
+SQUARED_CONDITION = 1e-8
+"""Relative damping below which float64 normal equations lose too much, and QR is taken instead."""
+SINGLE = 1e-3
+"""Relative damping from which float32 is enough for the Gram matrix and its factor."""
+DIGITS_ARE_WORTH = 3.0
+"""How many times the seconds of the normal equations QR may take in float64, whatever the damping."""
+
+
+@dataclass(frozen=True)
+class Linearised:
+    """A system, what was predicted of it, and the mean diagonal of K."""
+
+    system: System
+    estimate: Estimate
+    unit: float
+
+
+class Choice:
+    """Makes the systems of a training, by the recipe's solver or by the cheapest.
+
+    What is chosen, and how many iterations each solver took, is state: a resumed run replays it."""
+
+    def __init__(self, recipe: GaussNewton, objective: LeastSquares) -> None:
+        self._recipe, self._objective = recipe, objective
+        self._solver: Solver | None = None
+        self._damping, self._next = 0.0, 0  # of the last look; when to look again
+        self._dimension, self._condition = 0.0, 0.0
+        self._known: dict[str, tuple[float, float]] = {}  # iterations and damping of each solver's last run
+        self._machine: tuple[Rates, float] | None = None
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "solver": self._solver or "",
+            "damping": self._damping,
+            "next": self._next,
+            "dimension": self._dimension,
+            "condition": self._condition,
+            "known": {name: list(pair) for name, pair in self._known.items()},
+        }
+
+    def go_on(self, state: Mapping[str, Any]) -> None:
+        self._solver = cast(Solver, state["solver"]) or None
+        self._damping, self._next = float(state["damping"]), int(state["next"])
+        self._dimension, self._condition = float(state["dimension"]), float(state["condition"])
+        self._known = {name: (float(pair[0]), float(pair[1])) for name, pair in state["known"].items()}
+
+    def note(self, solver: Solver, iterations: int, damping: float) -> None:
+        """Remember how many iterations the solver took."""
+        if solver in ("cg", "rpchol", "nystrom", "sketch"):
+            self._known[solver] = (float(iterations), damping)
+
+    def linearise(
+        self, batch: Batch, at: Evaluation, s: Tensor, damping: float | None, *, step: int, tolerance: float
+    ) -> Linearised:
+        """The system at the present weights for this rank's residuals s. Collective.
+
+        damping: absolute; None for the recipe's own, which is relative. Raises CannotTrain where no solver fits into
+        memory."""
+        objective, plan = self._objective, self._objective.plan(batch)
+        outputs = at.z.shape[1]
+        rates, limit = self._means()
+        factors = predicted_bytes(plan, at.rows, outputs) <= limit / 2
+        alone = self._recipe.solver in ("cg", "nystrom") or not factors
+        jacobian = None if alone or self._products_only(outputs) else objective.jacobian(batch)
+        unit = self._unit(jacobian, batch, at, s)
+        damping = self._recipe.damping * unit if damping is None else damping
+        shape = self._shape(plan, at, jacobian, tolerance, factors)
+        estimate = self._pick(shape, jacobian, unit, damping, step, rates, limit)
+        if jacobian is None and estimate.solver not in ("cg", "nystrom"):
+            jacobian = objective.jacobian(batch)
+        system = self._make(estimate.solver, shape, jacobian, batch, at, s, damping, unit, step, tolerance)
+        return Linearised(system, estimate, unit)
+
+    def _means(self) -> tuple[Rates, float]:
+        """Rates and bytes: those of rank 0 and of the rank that has least, so that all ranks choose alike. Collective
+        the first time."""
+        if self._machine is None:
+            group, device = self._objective.group, self._objective.device
+            rates = torch.tensor(list(measured(str(device), torch.get_num_threads()).__dict__.values()))
+            group.broadcast_(rates)
+            given = self._recipe.memory
+            limit = given * 2**30 if given is not None else MEMORY * _memory(device)
+            least = min(map(float, group.gather(torch.tensor([limit], dtype=torch.float64))))
+            self._machine = (Rates(*map(float, rates.tolist())), least)
+        return self._machine
+
+    def _products_only(self, outputs: int) -> bool:
+        """Whether the last choice needs no factors: products of several outputs are cheaper without."""
+        return self._solver == "cg" and outputs > 2
+
+    def _unit(self, jacobian: Jacobian | None, batch: Batch, at: Evaluation, s: Tensor) -> float:
+        """tr K / N; from products alone by an estimate, |J^T v|^2 for signs v."""
+        group, n = self._objective.group, at.rows * at.z.shape[1]
+        if jacobian is not None:
+            trace = jacobian.diagonal().double().sum().reshape(1)
+            group.sum_(trace)
+            return float(trace) / n
+        operator = Tiles(self._objective.products(batch, at), self._objective.num_columns)
+        signs = torch.ones_like(s)
+        signs[::2] = -1
+        image = operator.t_mv(signs).double()
+        group.sum_(image)
+        return float(image.square().sum()) / n
+
+    def _shape(self, plan: Plan, at: Evaluation, jacobian: Jacobian | None, tolerance: float, factors: bool) -> Shape:
+        width = sum(layer.units + layer.inputs for layer in plan.layers) + sum(
+            plan.sizes[plan.names.index(name)] for name in plan.rows
+        )
+        n, p = at.rows * at.z.shape[1], plan.num_parameters
+        return Shape(
+            rows=n,
+            columns=p,
+            outputs=at.z.shape[1],
+            width=jacobian.width if jacobian is not None else width,
+            factors=factors,
+            double=plan.dtype == torch.float64,
+            inputs=widest(jacobian) if jacobian is not None else max(1, p),
+            dimension=self._dimension or min(n, p) / 4,
+            condition=self._condition or 1e4,
+            tolerance=tolerance,
+        )
+
+    def _pick(
+        self,
+        shape: Shape,
+        jacobian: Jacobian | None,
+        unit: float,
+        damping: float,
+        step: int,
+        rates: Rates,
+        limit: float,
+    ) -> Estimate:
+        snapped = rates.snapped()
+        if self._recipe.solver == "auto" and self._stale(step, damping):
+            found = self._fitting(shape, snapped, damping, limit)
+            quick = [one for one in found.values() if not one.iterations and one.seconds <= SMALL]
+            if not quick and jacobian is not None:
+                shape = self._explored(shape, jacobian, damping)
+                found = self._fitting(shape, snapped, damping, limit)
+            self._solver = self._cheapest(quick or list(found.values()), unit, damping, shape.double)
+            self._damping, self._next = damping, 2 * step + 1
+        solver = self._solver if self._recipe.solver == "auto" else self._recipe.solver
+        assert solver is not None
+        costs = estimates(shape, rates, self._scaled(damping))
+        if solver not in costs or costs[solver].bytes > limit:
+            raise self._too_big(solver, shape, costs, limit)
+        return costs[solver]
+
+    def _stale(self, step: int, damping: float) -> bool:
+        if self._solver is None or step >= self._next:
+            return True
+        return not self._damping / MOVED <= damping <= self._damping * MOVED
+
+    def _fitting(self, shape: Shape, rates: Rates, damping: float, limit: float) -> dict[Solver, Estimate]:
+        costs = estimates(shape, rates, self._scaled(damping))
+        fitting = {name: one for name, one in costs.items() if one.bytes <= limit}
+        if not fitting:
+            raise self._too_big("cg", shape, costs, limit)
+        return fitting
+
+    def _scaled(self, damping: float) -> dict[str, float]:
+        """Iterations that the solvers took, at this damping."""
+        return {
+            name: max(2.0, count * min(10.0, math.sqrt(before / damping) if damping > 0 else 1.0))
+            for name, (count, before) in self._known.items()
+        }
+
+    def _cheapest(self, found: list[Estimate], unit: float, damping: float, double: bool) -> Solver:
+        best = min(found, key=lambda one: one.seconds)
+        careful = next((one for one in found if one.solver == "qr"), None)
+        if careful is not None and best.solver == "cholesky" and double:
+            cheap = careful.seconds <= max(SMALL, DIGITS_ARE_WORTH * best.seconds)
+            return "qr" if cheap or damping < SQUARED_CONDITION * unit else "cholesky"
+        return best.solver
+
+    def _explored(self, shape: Shape, jacobian: Jacobian, damping: float) -> Shape:
+        """With the effective dimension and the condition that some pivoted columns of K show."""
+        rows = Sharded(jacobian, self._objective.group)
+        pilot = low_rank(jacobian, rows, damping, self._recipe.seed, min(PILOT_RANK, rows.num_rows))
+        values = getattr(pilot, "values", None)
+        largest = float(values[0]) if values is not None and len(values) else 1.0
+        known = min(shape.rows, shape.columns)
+        self._dimension = min(float(known), max(1.0, pilot.effective_dimension(damping)))
+        self._condition = (largest + damping) / damping if damping > 0 else 1e16
+        return Shape(**{**shape.__dict__, "dimension": self._dimension, "condition": self._condition})
+
+    def _make(
+        self,
+        solver: Solver,
+        shape: Shape,
+        jacobian: Jacobian | None,
+        batch: Batch,
+        at: Evaluation,
+        s: Tensor,
+        damping: float,
+        unit: float,
+        step: int,
+        tolerance: float,
+    ) -> System:
+        group, recipe = self._objective.group, self._recipe
+        if solver == "qr":
+            assert jacobian is not None
+            return ParameterSpaceQR(jacobian, s, group)
+        if solver == "cholesky":
+            assert jacobian is not None
+            return ParameterSpace(jacobian, group, tolerance=tolerance, dtype=torch.float64)
+        if solver == "exact":
+            assert jacobian is not None
+            return SampleSpace(jacobian, group, tolerance=tolerance, single=damping >= SINGLE * unit)
+        own = jacobian if jacobian is not None and not shape.matrix_free else None
+        operator = own or Tiles(self._objective.products(batch, at), self._objective.num_columns)
+
+        def preconditioner(rows: Sharded) -> Any:
+            if solver == "nystrom":
+                rank = max(1, min(rows.num_rows // 2, math.ceil(2 * shape.dimension), 512))
+                return nystrom_of(rows, s, rank, recipe.seed + step)
+            assert jacobian is not None
+            if solver == "rpchol":
+                return low_rank(jacobian, rows, damping, recipe.seed + step)
+            return sketch_of(jacobian, rows, recipe.sketch, recipe.sketch_rows, recipe.seed + step)
+
+        return Krylov(
+            operator,
+            group,
+            tolerance=tolerance,
+            max_iterations=recipe.inner_iterations,
+            preconditioner=None if solver == "cg" else preconditioner,
+        )
+
+    def _too_big(self, solver: Solver, shape: Shape, costs: Mapping[Solver, Estimate], limit: float) -> CannotTrain:
+        least = min(costs.values(), key=lambda one: one.bytes)
+        needs = costs[solver].bytes if solver in costs else predicted_gib(shape)
+        return CannotTrain(
+            f"gauss-newton: solver {solver} would need {needs / 2**30:.1f} GiB for {shape.rows:,} rows and "
+            f"{shape.columns:,} parameters, and {limit / 2**30:.1f} are allowed; solver {least.solver} needs "
+            f"{least.bytes / 2**30:.1f}; take it, or sample_rows, or raise memory"
+        )
+
+
+def predicted_gib(shape: Shape) -> float:
+    """Bytes of the factors, for a solver that needs them."""
+    return float(shape.rows * shape.width * (8 if shape.double else 4))
+
+
+def _memory(device: torch.device) -> float:
+    """Bytes of the machine, or of the device."""
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

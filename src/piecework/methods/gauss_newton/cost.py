@@ -1,0 +1,159 @@
+"""What each way of solving would cost: operations over measured rates, bytes over bandwidth, and memory.
+
+N rows, P parameters, C rows a sample, d the effective dimension tr K (K + damping I)^-1. The orders of Sketched
+Gauss-Newton: the structured Gram matrix N^2 Sigma, Cholesky N^3/3, QR of tiles 2 N P^2, a product with K 4 N P from
+factors or 8 N P / C without. How many iterations conjugate gradients take is a guess until they have been run once.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Literal
+
+import torch
+
+Solver = Literal["exact", "qr", "cholesky", "cg", "rpchol", "nystrom", "sketch"]
+
+REFERENCE = {"gemm32": 1.0, "gemm64": 0.5, "skinny32": 0.25, "skinny64": 0.15, "cholesky64": 0.3, "qr64": 0.12}
+"""Rates in units of the square float32 product, as two cores of a common processor have them."""
+SAME_KIND = 4.0
+"""A measured ratio within this factor of its reference counts as the reference: noise must not decide between solvers,
+a processor with slow float64 must."""
+SVD_OPERATIONS = 20.0
+"""Of a square matrix, in units of P^3."""
+PRECONDITIONED = 12.0
+"""Iterations with a low-rank preconditioner of twice the effective dimension, to a tolerance of a hundredth."""
+UNITS_A_ROW = 4.0
+"""Columns of a sketch for each row: of sampled units, their number times the inputs of each."""
+SKETCHED = 10.0
+"""Iterations with so many, to a tolerance of a hundredth."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the costs depend on. rows: N; columns: P; outputs: C; width: Sigma of `Jacobian.width`; factors: whether
+    every layer has factors; double: whether the model is float64; inputs: of the layer with most parameters, for
+    sampled units; dimension: d; condition: (largest eigenvalue of K + damping) / damping; tolerance: of the iterative
+    solvers."""
+
+    rows: int
+    columns: int
+    outputs: int
+    width: int
+    factors: bool
+    double: bool
+    inputs: int
+    dimension: float
+    condition: float
+    tolerance: float
+
+    @property
+    def matrix_free(self) -> bool:
+        """Whether products without factors are cheaper: 8 n P operations against 4 n C P."""
+        return not self.factors or self.outputs > 2
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of one solve: seconds, bytes beside the factors, and the iterations that were counted on (0: direct)."""
+
+    solver: Solver
+    seconds: float
+    bytes: float
+    iterations: float
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Operations a second of each kind, and bytes a second."""
+
+    gemm32: float
+    gemm64: float
+    skinny32: float
+    skinny64: float
+    cholesky64: float
+    qr64: float
+    bandwidth: float = 1e10
+
+    def snapped(self) -> Rates:
+        """Ratios that are near the reference's become the reference's, the others the nearest power of the factor."""
+        found = {}
+        for name, usual in REFERENCE.items():
+            ratio = getattr(self, name) / self.gemm32 / usual
+            found[name] = self.gemm32 * usual * SAME_KIND ** round(math.log(ratio, SAME_KIND) * 0.999)
+        return replace(self, **found)
+
+
+@lru_cache(maxsize=8)
+def measured(device: str, num_threads: int) -> Rates:
+    """Rates of this machine, measured once in a process: some tenths of a second. `num_threads` is part of the key."""
+    del num_threads
+    where = torch.device(device)
+
+    def matrix(m: int, n: int, dtype: torch.dtype) -> torch.Tensor:
+        found = torch.arange(m * n, dtype=torch.float64).remainder_(97.0).sub_(48.0).div_(48.0)
+        return found.view(m, n).to(where, dtype)
+
+    def rate(operations: float, run: Callable[[], object]) -> float:
+        best = math.inf
+        for _ in range(3):
+            began = time.perf_counter()
+            run()
+            if where.type != "cpu":
+                torch.accelerator.synchronize(where)
+            best = min(best, time.perf_counter() - began)
+        return operations / max(best, 1e-9)
+
+    found: dict[str, float] = {}
+    for bits, dtype in (("32", torch.float32), ("64", torch.float64)):
+        a, tall, narrow = matrix(768, 768, dtype), matrix(4096, 64, dtype), matrix(64, 64, dtype)
+        found["gemm" + bits] = rate(2 * 768**3, lambda a=a: a @ a)  # type: ignore[misc]
+        found["skinny" + bits] = rate(
+            2 * 4096 * 64 * 64,
+            lambda tall=tall, narrow=narrow: ((tall @ narrow) * tall).sum(1),  # type: ignore[misc]
+        )
+    a = matrix(768, 768, torch.float64)
+    definite = a @ a.t() + 1e3 * torch.eye(768, dtype=a.dtype, device=where)
+    found["cholesky64"] = rate(768**3 / 3, lambda: torch.linalg.cholesky_ex(definite))
+    rows = matrix(1024, 256, torch.float64)
+    found["qr64"] = rate(2 * 1024 * 256**2, lambda: torch.linalg.qr(rows, mode="r"))
+    return Rates(**found)
+
+
+def estimates(shape: Shape, rates: Rates, known: Mapping[str, float]) -> dict[Solver, Estimate]:
+    """Seconds and bytes of each solver that can do it.
+
+    known: iterations by solver of the last time each was run, scaled to the present damping."""
+    n, p, d = float(shape.rows), float(shape.columns), max(1.0, shape.dimension)
+    size = 8 if shape.double else 4
+    skinny = rates.skinny64 if shape.double else rates.skinny32
+    gemm = rates.gemm64 if shape.double else rates.gemm32
+    product = (8 * n * p / shape.outputs if shape.matrix_free else 4 * n * p) / skinny
+    digits = max(0.5, -math.log10(shape.tolerance) / 2)
+    free = min(0.7 * math.sqrt(shape.condition), 7 * d) * digits
+    rank = min(n / 2, max(32.0, 2 * d))
+    found: dict[Solver, Estimate] = {}
+
+    def add(solver: Solver, build: float, memory: float, iterations: float = 0.0, each: float = 0.0) -> None:
+        times = known.get(solver, iterations)
+        found[solver] = Estimate(solver, build + (times + 2) * (product + each), memory, times)
+
+    if shape.factors:
+        gram = n * n * shape.width / rates.gemm64
+        add("exact", gram + n**3 / 3 / rates.cholesky64, 24 * n * n)
+        add("rpchol", (2 * rank * n * shape.width + 4 * rank**2 * n) / rates.gemm64, 16 * n * rank,
+            PRECONDITIONED * digits, 4 * n * rank * 8 / rates.bandwidth)  # fmt: skip
+        sampled = min(float(shape.width), UNITS_A_ROW * n / shape.inputs + shape.inputs)
+        add("sketch", n * n * sampled / gemm + n**3 / 3 / (rates.cholesky64 if shape.double else gemm / 2),
+            3 * size * n * n, SKETCHED * digits, 2 * n * n * 8 / rates.bandwidth)  # fmt: skip
+    rows_made = n * p * 8 / rates.bandwidth
+    add("qr", rows_made + 2 * n * p * p / rates.qr64 + SVD_OPERATIONS * p**3 / rates.gemm64, 40 * p * p)
+    add("cholesky", rows_made + 2 * n * p * p / rates.gemm64 + p**3 / 3 / rates.cholesky64, 24 * p * p)
+    add("cg", 0.0, 6 * size * n, free)
+    add("nystrom", rank * product + 4 * rank**2 * n / rates.gemm64, 16 * n * rank,
+        PRECONDITIONED * digits, 4 * n * rank * 8 / rates.bandwidth)  # fmt: skip
+    return found

@@ -1,0 +1,284 @@
+"""The step: solve, try, accept or raise the damping; and its variant on sampled rows with momentum."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from ...training import BadInput, Batch, DidNotSolve, Metrics
+from .choice import Choice, Linearised
+from .elimination import eliminate_, output_layer
+from .objective import Evaluation, LeastSquares
+from .sampled import Sampler, averaged, rate
+from .systems import Direction
+
+if TYPE_CHECKING:
+    from . import GaussNewton
+
+GEODESIC_PROBE = 0.1
+"""Of the step: how far the residuals are looked at for their second derivative."""
+GEODESIC_LIMIT = 0.75
+"""Of 2 |a| / |d|: where the correction is longer, the quadratic model of the path is not to be trusted."""
+LEAST_DAMPING = {torch.float64: 1e-18, torch.float32: 1e-12}
+"""Relative to the mean diagonal of K."""
+DIRECT = ("exact", "qr", "cholesky")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Where a direction leads. ratio: the fall of the loss over the predicted one, nan where it was not tried."""
+
+    at: Evaluation | None
+    weights: Tensor
+    ratio: float
+
+
+class LevenbergMarquardt:
+    """Gauss-Newton steps on all rows; each ends where the loss is lower, or says that it stalled."""
+
+    data: Literal["shard", "same"] = "shard"
+    batches: Literal["mini", "full"] = "full"
+    deterministic = True
+
+    def __init__(self, recipe: GaussNewton, objective: LeastSquares) -> None:
+        self.model, self.group = objective.model, objective.group
+        self.words: dict[str, str] = {}
+        self._recipe, self._objective = recipe, objective
+        self._choice = Choice(recipe, objective)
+        self._step = 0
+        self._damping: float | None = None  # a row: the system's is this times their number
+        self._growth = 2.0  # nu of Nielsen's rule
+        self._contraction = 1.0  # of |s| in the last step that was taken
+        self._known: tuple[Tensor, Tensor, Evaluation] | None = None  # x, y and the evaluation at the present weights
+        self._sampler: Sampler | None = None
+        self._phi: Tensor | None = None
+        self._output = output_layer(objective) if recipe.eliminate_output else None
+
+    # -- the step ------------------------------------------------------------------------------------------------------
+
+    def step(self, batch: Batch) -> Metrics:
+        recipe = self._recipe
+        if recipe.sample_rows is not None and (recipe.sample_steps is None or self._step < recipe.sample_steps):
+            return self._sampled_step(batch, recipe.sample_rows)
+        start = self._start(batch)
+        s = self._objective.residual(start, batch)
+        began = time.perf_counter()
+        damping = None if self._damping is None else self._damping * start.rows
+        made = self._choice.linearise(batch, start, s, damping, step=self._step, tolerance=self._tolerance())
+        self.words = {"solver": made.estimate.solver}
+        self._damping = self._recipe.damping * made.unit / start.rows if damping is None else self._damping
+        found, figures = self._search(batch, start, s, made)
+        self._step += 1
+        self._known = (batch.x, batch.y, found)
+        relative = self._damping * start.rows / made.unit if made.unit > 0 and self._damping is not None else 0.0
+        spent = time.perf_counter() - began
+        return _metrics({
+            "loss": found.total / found.rows,
+            "damping": relative,
+            **figures,
+            "predicted_seconds": made.estimate.seconds,
+            "solve_seconds": spent,
+        })  # fmt: skip
+
+    def _sampled_step(self, batch: Batch, num_rows: int) -> Metrics:
+        """(14) and (15) of SPRING on some rows."""
+        objective, recipe = self._objective, self._recipe
+        if self._sampler is None or self._sampler.batch is not batch:
+            outputs = objective.plan(batch).num_outputs
+            total = torch.tensor([len(batch)], dtype=torch.float64)
+            self.group.sum_(total)
+            self._sampler = Sampler(batch, int(total), self.group, rows=num_rows, outputs=outputs, seed=recipe.seed)
+        rows = self._sampler.rows(self._step)
+        at = objective.evaluate(rows)
+        s = objective.residual(at, rows)
+        if not math.isfinite(at.total):
+            raise DidNotSolve(
+                f"the loss is not finite at step {self._step}: a step on a sample was too long; raise damping or "
+                "sample_rows, or lower lr"
+            )
+        made = self._choice.linearise(rows, at, s, None, step=self._step, tolerance=recipe.inner_tolerance)
+        self.words = {"solver": made.estimate.solver}
+        began = time.perf_counter()
+        damping = recipe.damping * made.unit
+        rest = s
+        if recipe.momentum and self._phi is not None:
+            rest = s - recipe.momentum * made.system.image(self._phi)
+        direction = made.system.solve(rest, damping)
+        before = 0.0 if self._phi is None or not recipe.momentum else recipe.momentum * self._phi
+        phi = before + direction.step
+        self._phi = phi if recipe.momentum else None
+        move = rate(self._step, recipe.lr, recipe.sample_steps) * averaged(phi, recipe.momentum, self._step + 1)
+        if bool(move.isfinite().all()):
+            objective.move_((objective.weights.double() - move.double()).to(objective.dtype))
+        self._choice.note(made.estimate.solver, direction.solved.iterations, damping)
+        self._step += 1
+        self._known = None
+        return _metrics({
+            "loss": at.total / at.rows,
+            "damping": recipe.damping,
+            "iterations": float(direction.solved.iterations),
+            "linear_residual": direction.solved.residual,
+            "predicted_seconds": made.estimate.seconds,
+            "solve_seconds": time.perf_counter() - began,
+        })  # fmt: skip
+
+    def _start(self, batch: Batch) -> Evaluation:
+        if self._known is not None and self._known[0] is batch.x and self._known[1] is batch.y:
+            return self._known[2]
+        start = self._objective.evaluate(batch)
+        if not math.isfinite(start.total):
+            raise DidNotSolve(
+                "the loss at the start is not finite: the network's outputs, or their residuals, overflow; scale the "
+                "features or the start weights down"
+            )
+        return start
+
+    def _tolerance(self) -> float:
+        return min(self._recipe.inner_tolerance, max(1e-8, 0.1 * self._contraction))
+
+    def _search(
+        self, batch: Batch, start: Evaluation, s: Tensor, made: Linearised
+    ) -> tuple[Evaluation, dict[str, float]]:
+        """Raise the damping until a step is taken; the model is at its end, or where it was."""
+        objective, origin = self._objective, self._objective.weights
+        rejected, solves = 0, 0
+        least = LEAST_DAMPING.get(objective.dtype, 1e-8) * made.unit / start.rows
+        assert self._damping is not None
+        while True:
+            damping = max(self._damping, least) * start.rows
+            direction = made.system.solve(s, damping)
+            solves += direction.solved.iterations
+            trial = self._try(batch, start, s, made, direction, origin, damping)
+            if not self._recipe.adapt or trial.ratio > 0:
+                break
+            rejected += 1
+            if rejected > self._recipe.max_retries:
+                break
+            self._damping = max(self._damping, least) * self._growth
+            self._growth *= 2
+        taken = trial.at is not None and (trial.ratio > 0 or not self._recipe.adapt)
+        if taken and trial.at is not None:
+            end = trial.at
+            self._contraction = math.sqrt(end.total / start.total) if start.total > 0 else 0.0
+            if self._recipe.adapt:
+                self._damping = max(least, self._damping * max(1 / 3, 1 - (2 * trial.ratio - 1) ** 3))  # (4)
+                self._growth = 2.0
+        else:
+            end = start
+            objective.move_(origin)
+        self._choice.note(made.estimate.solver, direction.solved.iterations, damping)
+        dimension = made.system.effective_dimension(damping)
+        return end, {
+            "gain_ratio": trial.ratio,
+            "rejected": float(rejected),
+            "iterations": float(solves),
+            "linear_residual": direction.solved.residual,
+            **({} if dimension is None else {"effective_dimension": dimension}),
+            "stalled": float(not taken),
+        }
+
+    def _try(
+        self,
+        batch: Batch,
+        start: Evaluation,
+        s: Tensor,
+        made: Linearised,
+        direction: Direction,
+        origin: Tensor,
+        damping: float,
+    ) -> Trial:
+        """Move the model along the direction, corrected, and look at the loss there."""
+        objective = self._objective
+        nowhere = Trial(None, origin, math.nan)
+        promised = self._promised(s, direction.moved)
+        if not math.isfinite(promised) or not promised > 0 or not bool(direction.step.isfinite().all()):
+            return nowhere
+        weights = origin.double() - direction.step.double()
+        if self._geodesic(made):
+            correction = self._correction(batch, start, made, direction, origin, damping)
+            if correction is None:
+                return nowhere
+            weights = weights + correction
+        objective.move_(weights.to(origin.dtype))
+        if self._output is not None:
+            eliminate_(objective, batch, self._output)
+        found = objective.evaluate(batch)
+        ratio = (start.total - found.total) / promised if math.isfinite(found.total) else math.nan
+        return Trial(found, weights, ratio)
+
+    def _promised(self, s: Tensor, moved: Tensor) -> float:
+        """The fall of (1): 1/2 (|s|^2 - |s - J d|^2), without cancellation and for an inexact d too."""
+        s, moved = s.double(), moved.double()
+        found = (moved @ (2 * s - moved)).reshape(1) / 2
+        self.group.sum_(found)
+        return float(found)
+
+    def _geodesic(self, made: Linearised) -> bool:
+        asked = self._recipe.geodesic
+        return made.estimate.solver in DIRECT if asked is None else asked
+
+    def _correction(
+        self,
+        batch: Batch,
+        start: Evaluation,
+        made: Linearised,
+        direction: Direction,
+        origin: Tensor,
+        damping: float,
+    ) -> Tensor | None:
+        """a of (3), (P,); None where it is too long; 0 where rounding hides it.
+
+        s_dd by one more forward pass at a tenth of the step (Transtrum and Sethna, section 3)."""
+        objective, h = self._objective, GEODESIC_PROBE
+        objective.move_((origin.double() - h * direction.step.double()).to(origin.dtype))
+        there = objective.evaluate(batch)
+        change = objective.root_t(start, batch, there.z - start.z)
+        bend = (change + h * direction.moved) * (2 / h**2)
+        sizes = torch.stack([bend.double().square().sum(), start.z.double().square().sum()])
+        self.group.sum_(sizes)
+        size, scale = sizes.sqrt().tolist()
+        if not math.isfinite(size):
+            return None
+        if size * h**2 / 2 < 30 * torch.finfo(origin.dtype).eps * scale:
+            return torch.zeros_like(direction.step, dtype=torch.float64)
+        correction = -0.5 * made.system.solve(bend, damping).step.double()
+        length = float(torch.linalg.vector_norm(direction.step.double()))
+        if not 2 * float(torch.linalg.vector_norm(correction)) <= GEODESIC_LIMIT * length:
+            return None
+        return correction
+
+    # -- the contract --------------------------------------------------------------------------------------------------
+
+    def sync(self) -> None:
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "step": self._step,
+            "damping": -1.0 if self._damping is None else self._damping,
+            "growth": self._growth,
+            "contraction": self._contraction,
+            "choice": self._choice.state(),
+            **({} if self._phi is None else {"phi": self._phi.clone()}),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if "choice" not in state:
+            raise BadInput("this state is not of gauss-newton: it has no choice of a solver")
+        self._step, self._growth = int(state["step"]), float(state["growth"])
+        self._damping = None if float(state["damping"]) < 0 else float(state["damping"])
+        self._contraction = float(state["contraction"])
+        self._choice.go_on(state["choice"])
+        phi = state.get("phi")
+        self._phi = None if phi is None else phi.to(self._objective.device, self._objective.dtype, copy=True)
+        self._known = None
+
+
+def _metrics(values: Mapping[str, float]) -> Metrics:
+    return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}

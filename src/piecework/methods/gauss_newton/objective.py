@@ -1,0 +1,161 @@
+"""The total loss of all ranks' rows as a sum of squares, at the model's present weights and around them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from ...group import Group
+from ...losses import CurvedLoss, Loss
+from ...training import BadInput, Batch, CannotTrain
+from ..parameters import coupled_layers, packed, random_layers, start_from_rank_0, trainable, unpack_
+from .capture import Plan, capture, values_of
+from .jacobian import Jacobian, concatenate
+from .planning import PROBE_ROWS, plan
+from .products import MatrixFree
+
+CURVATURE = ("residual", "root_mv", "root_t_mv")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One forward pass. z: (n, k) outputs of this rank's rows; total: the loss summed over all ranks' rows, a float
+    that is equal on all of them; rows: how many those are."""
+
+    z: Tensor
+    total: float
+    rows: int
+
+
+class LeastSquares:
+    """The model, its loss and the ranks: outputs, residuals s and the Jacobian of B^T z by all trainable parameters.
+
+    With B B^T the curvature of the loss at the outputs and B s its gradient, the total loss after a move d of the
+    weights is |s - J d|^2 / 2 and a constant, to second order in the outputs and first order in the weights."""
+
+    def __init__(self, model: nn.Module, loss: Loss, group: Group, *, tile: int) -> None:
+        """Raises CannotTrain for a loss without curvature and for a model that draws random numbers or couples rows."""
+        lacking = [name for name in CURVATURE if not hasattr(loss, name)]
+        if lacking:
+            raise CannotTrain(
+                f"gauss-newton needs a loss with curvature, and the {loss.name} loss lacks {', '.join(lacking)}; "
+                "squared, logistic and softmax have it"
+            )
+        self.model, self.loss, self.group, self.tile = model, cast(CurvedLoss, loss), group, tile
+        self.parameters = trainable(model, "gauss-newton")
+        if random := random_layers(model):
+            raise CannotTrain(
+                f"gauss-newton compares the loss at different weights, and layer {random[0]} draws random numbers in "
+                "training; remove it (or set its rate to 0), or train with adam or sgd"
+            )
+        if coupled := coupled_layers(model):
+            raise CannotTrain(
+                f"gauss-newton needs the derivative of each row alone, and layer {coupled[0]} normalises over the "
+                "batch; use LayerNorm in its place, or train with adam or sgd"
+            )
+        self.num_columns = sum(parameter.numel() for parameter in self.parameters)
+        self.dtype, self.device = self.parameters[0].dtype, self.parameters[0].device
+        start_from_rank_0(model, group)
+        self._settled: tuple[Plan, Tensor] | None = None
+        self._forward_mode: bool | None = None
+
+    @property
+    def weights(self) -> Tensor:
+        """(P,), a copy."""
+        return packed(self.parameters)
+
+    def move_(self, weights: Tensor) -> None:
+        """Let the model have these weights (P,)."""
+        unpack_(weights, self.parameters)
+
+    def evaluate(self, batch: Batch) -> Evaluation:
+        """Collective."""
+        found, total = [], torch.zeros(2, dtype=torch.float64, device=self.device)
+        settled = self.plan(batch)
+        for x, y in self.tiles(batch):
+            z = values_of(self.model, settled, x)
+            total[0] += self.loss.total(z, y)
+            found.append(z)
+        total[1] = len(batch)
+        self.group.sum_(total)
+        loss, rows = total.tolist()
+        if rows == 0:
+            raise BadInput("there are no rows to train on, on any rank")
+        return Evaluation(torch.cat(found) if found else self._no_rows(batch), loss, int(rows))
+
+    def residual(self, at: Evaluation, batch: Batch) -> Tensor:
+        """s (N,), this rank's."""
+        return self.loss.residual(at.z, batch.y.to(self.device)).reshape(-1)
+
+    def root_t(self, at: Evaluation, batch: Batch, moved: Tensor) -> Tensor:
+        """B^T of a move of the outputs (n, k): (N,)."""
+        return self.loss.root_t_mv(at.z, batch.y.to(self.device), moved).reshape(-1)
+
+    def plan(self, batch: Batch) -> Plan:
+        """How each parameter's derivative is taken: settled at the first batch, from the same rows on all ranks.
+        Collective then."""
+        return self._probed(batch)[0]
+
+    def _probed(self, batch: Batch) -> tuple[Plan, Tensor]:
+        if self._settled is None:
+            some = torch.linspace(0, max(0, len(batch) - 1), min(len(batch), PROBE_ROWS)).round().long()
+            probe = torch.cat(self.group.gather(batch.x[some].to(self.device)))
+            found = plan(self.model, probe)
+            if found.idle:
+                warnings.warn(
+                    f"the outputs do not depend on {', '.join(found.idle)}: gauss-newton leaves it as it is",
+                    stacklevel=5,
+                )
+            self._settled = (found, probe)
+        return self._settled
+
+    def jacobian(self, batch: Batch) -> Jacobian:
+        """J (N, P) of this rank's rows in factors."""
+        found, (settled, probe) = [], self._probed(batch)
+        if not len(batch):
+            return capture(self.model, settled, probe[:1])[1].samples(slice(0, 0))
+        for x, y in self.tiles(batch):
+
+            def columns(z: Tensor, y: Tensor = y) -> list[Tensor]:
+                units = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
+                return [self.loss.root_mv(z, y, unit.expand_as(z)) for unit in units]
+
+            found.append(capture(self.model, settled, x, columns)[1])
+        return found[0] if len(found) == 1 else concatenate(found)
+
+    def products(self, batch: Batch, at: Evaluation) -> list[MatrixFree]:
+        """J of this rank's rows as products, a tile each."""
+        found = []
+        for start in range(0, len(batch), self.tile):
+            rows = slice(start, start + self.tile)
+            part = self._matrix_free(batch.x[rows].to(self.device), batch.y[rows].to(self.device), at.z[rows])
+            if self._forward_mode is None:  # tested once: the test is a product
+                part.mv(torch.zeros(self.num_columns, dtype=self.dtype, device=self.device))
+                self._forward_mode = part.forward_mode
+            found.append(part)
+        return found
+
+    def _matrix_free(self, x: Tensor, y: Tensor, z: Tensor) -> MatrixFree:
+        loss = self.loss
+        return MatrixFree(
+            self.model,
+            x,
+            num_outputs=z.shape[1],
+            root_mv=lambda v, part: loss.root_mv(z[part], y[part], v),
+            root_t_mv=lambda v, part: loss.root_t_mv(z[part], y[part], v),
+            forward_mode=self._forward_mode,
+        )
+
+    def tiles(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
+        """(x, y) of some rows at a time, on the model's device."""
+        for start in range(0, len(batch), self.tile):
+            rows = slice(start, start + self.tile)
+            yield batch.x[rows].to(self.device), batch.y[rows].to(self.device)
+
+    def _no_rows(self, batch: Batch) -> Tensor:
+        return torch.zeros(0, self.plan(batch).num_outputs, dtype=self.dtype, device=self.device)

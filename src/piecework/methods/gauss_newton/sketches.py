@@ -1,0 +1,44 @@
+"""Preconditioners of K from the Jacobian's factors, by name."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from torch import Tensor
+
+from ...solvers.precondition import Preconditioner, nystrom, rpcholesky, sampled, sketched
+from .factors import Factors
+from .jacobian import Jacobian
+from .systems import Sharded
+
+Sketch = Literal["units", "tensorsketch", "tensor-srht", "count", "sparse-sign", "srht"]
+
+
+def sketch_of(jacobian: Jacobian, rows: Sharded, kind: Sketch, per_row: float, seed: int) -> Preconditioner:
+    """Of a sketch with `per_row` columns for each row of all ranks. Collective.
+
+    For units that is so many hidden units that units times inputs are as many columns; only ranks' own rows of features
+    are made, and units from the factors of all."""
+    if kind == "units":
+        everyone = jacobian.gathered(rows.group)
+        return sampled(everyone.units(max(1, math.ceil(per_row * rows.num_rows / widest(jacobian))), seed))
+    num = max(1, math.ceil(per_row * rows.num_rows))
+    return sketched(rows.all(jacobian.features(kind, num, seed)))
+
+
+def widest(jacobian: Jacobian) -> int:
+    """Inputs of the layer with most parameters."""
+    factors = [block for block in jacobian.blocks if isinstance(block, Factors)]
+    return max(factors, key=lambda block: block.num_columns).num_inputs if factors else jacobian.num_columns
+
+
+def low_rank(jacobian: Jacobian, rows: Sharded, damping: float, seed: int, rank: int | None = None) -> Preconditioner:
+    """Randomly pivoted partial Cholesky of K over all ranks' rows. Collective."""
+    everyone = jacobian.gathered(rows.group)
+    return rpcholesky(everyone.columns, everyone.diagonal(), rank=rank, damping=damping, seed=seed)
+
+
+def nystrom_of(rows: Sharded, like: Tensor, rank: int, seed: int) -> Preconditioner:
+    """From `rank` products, in the dtype and on the device of `like`. Collective."""
+    return nystrom(rows.product, rows.num_rows, rank=rank, seed=seed, like=like)

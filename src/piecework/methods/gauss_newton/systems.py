@@ -1,0 +1,270 @@
+"""The linear system of a step, (J^T J + damping I) d = J^T v, at one point, for many dampings and right-hand sides.
+
+In sample space d = J^T g with (K + damping I) g = v, K = J J^T (N, N); in parameter space it is J^T J (P, P). Every
+system takes this rank's rows of v and gives the whole of d, equal on all ranks, and this rank's rows of J d.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ...group import Group
+from ...solvers import Solved
+from ...solvers.damped import DampedGram, pcg
+from ...solvers.precondition import Preconditioner
+from .jacobian import Jacobian
+from .products import MatrixFree
+
+SVD_COLUMNS = 1024
+"""Up to so many parameters one SVD of the triangle serves all dampings; above it is a QR for each."""
+
+
+@dataclass(frozen=True)
+class Direction:
+    """step: d (P,); moved: this rank's rows of J d (N,); solved: of the linear system, its x without meaning."""
+
+    step: Tensor
+    moved: Tensor
+    solved: Solved
+
+
+class System(Protocol):
+    def solve(self, v: Tensor, damping: float) -> Direction:
+        """d for this rank's rows v (N,). Collective."""
+        ...
+
+    def image(self, w: Tensor) -> Tensor:
+        """This rank's rows of J w."""
+        ...
+
+    def effective_dimension(self, damping: float) -> float | None:
+        """tr K (K + damping I)^-1, where it is known without much work."""
+        ...
+
+
+class Operator(Protocol):
+    """J of this rank's rows as products: `Jacobian`, or `Tiles` of `MatrixFree`."""
+
+    @property
+    def num_rows(self) -> int: ...
+    def mv(self, w: Tensor) -> Tensor: ...
+    def t_mv(self, v: Tensor) -> Tensor: ...
+
+
+class Tiles:
+    """Matrix-free products of several tiles of rows as one operator."""
+
+    def __init__(self, parts: Sequence[MatrixFree], num_columns: int) -> None:
+        self._parts, self._num_columns = parts, num_columns
+
+    @property
+    def num_rows(self) -> int:
+        return sum(part.num_rows for part in self._parts)
+
+    def mv(self, w: Tensor) -> Tensor:
+        return torch.cat([part.mv(w) for part in self._parts]) if self._parts else w.new_zeros(0)
+
+    def t_mv(self, v: Tensor) -> Tensor:
+        out = v.new_zeros(self._num_columns)
+        for part, own in zip(self._parts, torch.split(v, [part.num_rows for part in self._parts]), strict=True):
+            out += part.t_mv(own)
+        return out
+
+
+class Sharded:
+    """The rows of all ranks behind one another: which are this rank's, and products of all of them."""
+
+    def __init__(self, operator: Operator, group: Group) -> None:
+        self.operator, self.group = operator, group
+        counts = [int(one) for one in torch.cat(group.gather(torch.tensor([operator.num_rows]))).tolist()]
+        start = sum(counts[: group.rank])
+        self.own, self.num_rows = slice(start, start + operator.num_rows), sum(counts)
+
+    def all(self, own: Tensor) -> Tensor:
+        """The ranks' rows as one tensor, on every rank. Collective."""
+        return own if self.group.size == 1 else torch.cat(self.group.gather(own.contiguous()))
+
+    def t_mv(self, v: Tensor) -> Tensor:
+        """J^T v over all ranks' rows, from this rank's. Collective."""
+        out = self.operator.t_mv(v)
+        self.group.sum_(out)
+        return out
+
+    def product(self, v: Tensor) -> Tensor:
+        """K v for all rows (N,) or (N, k), on every rank. Collective."""
+        if v.dim() == 2:
+            return torch.stack([self.product(column) for column in v.t()], 1)
+        return self.all(self.operator.mv(self.t_mv(v[self.own])))
+
+
+class SampleSpace:
+    """K itself, formed once; a Cholesky factorisation for each damping.
+
+    single: whether to try in float32, where the model is; what it then cannot solve is formed anew in float64."""
+
+    def __init__(self, jacobian: Jacobian, group: Group, *, tolerance: float, single: bool) -> None:
+        self._rows, self._jacobian, self._tolerance = Sharded(jacobian, group), jacobian, tolerance
+        self._form(torch.float32 if single and jacobian.dtype == torch.float32 else torch.float64)
+
+    def _form(self, dtype: torch.dtype) -> None:
+        group = self._rows.group
+        gram = self._jacobian.gathered(group).gram(dtype, None if group.size == 1 else self._rows.own)
+        self._gram = self._rows.all(gram)
+        self._damped = DampedGram(self._gram, tolerance=self._tolerance, dtype=dtype)
+
+    def solve(self, v: Tensor, damping: float) -> Direction:
+        right = self._rows.all(v)
+        solved = self._damped.solve(right, damping)
+        if self._gram.dtype == torch.float32 and not solved.residual <= self._tolerance:
+            self._form(torch.float64)
+            solved = self._damped.solve(right, damping)
+        own = solved.x[self._rows.own]
+        moved = (self._gram[self._rows.own] @ solved.x).to(v.dtype)
+        return Direction(self._rows.t_mv(own.to(v.dtype)), moved, solved)
+
+    def image(self, w: Tensor) -> Tensor:
+        return self._rows.operator.mv(w)
+
+    def effective_dimension(self, damping: float) -> float | None:
+        return self._damped.effective_dimension(damping)
+
+
+class ParameterSpaceQR:
+    """R of QR of [J, s] tile by tile, then of all ranks' triangles: the condition of J is never squared for v = s.
+
+    An SVD of R (P, P) then serves every damping; above 1024 parameters it is a QR of [R; sqrt(damping) I] for each.
+    Other right-hand sides than s enter by J^T v."""
+
+    def __init__(self, jacobian: Jacobian, s: Tensor, group: Group) -> None:
+        self._rows, self._s = Sharded(jacobian, group), s
+        triangle = s.new_zeros(0, jacobian.num_columns + 1, dtype=torch.float64)
+        for start, rows in jacobian.tiles():
+            stop = start + len(rows)
+            triangle = stacked_triangle(torch.cat([triangle, torch.cat([rows, s[start:stop, None]], 1).double()]))
+        if group.size > 1:
+            triangle = stacked_triangle(torch.cat(group.gather(triangle)))
+        self._p = jacobian.num_columns
+        self._triangle, self._image = triangle[: self._p, : self._p], triangle[: self._p, self._p]
+        self._svd: tuple[Tensor, Tensor, Tensor] | None = None
+        if self._p <= SVD_COLUMNS:
+            self._svd = torch.linalg.svd(self._triangle, full_matrices=False)
+
+    def solve(self, v: Tensor, damping: float) -> Direction:
+        main = v is self._s
+        image = self._image if main else self._rows.t_mv(v).double()
+        if self._svd is not None:
+            u, values, vt = self._svd
+            scaled = values * (u.t() @ image) if main else vt @ image
+            step = vt.t() @ torch.where(values > 0, scaled / (values.square() + damping), torch.zeros_like(values))
+            moved = self._rows.operator.mv(step.to(v.dtype))
+            return Direction(step.to(v.dtype), moved, _checked(self, step, image, damping, main))
+        eye = math.sqrt(damping) * torch.eye(self._p, dtype=torch.float64, device=image.device)
+        r = torch.linalg.qr(torch.cat([self._triangle, eye]), mode="r").R
+        right = self._triangle.t() @ image if main else image
+        step = _seminormal(r, right)
+        rest = right - (self._triangle.t() @ (self._triangle @ step) + damping * step)
+        step = step + _seminormal(r, rest)
+        moved = self._rows.operator.mv(step.to(v.dtype))
+        return Direction(step.to(v.dtype), moved, _checked(self, step, image, damping, main))
+
+    def image(self, w: Tensor) -> Tensor:
+        return self._rows.operator.mv(w)
+
+    def effective_dimension(self, damping: float) -> float | None:
+        if self._svd is None:
+            return None
+        squares = self._svd[1].square()
+        return float((squares / (squares + damping)).sum())
+
+
+def _checked(system: ParameterSpaceQR, step: Tensor, image: Tensor, damping: float, main: bool) -> Solved:
+    """The relative residual of the normal equations."""
+    triangle = system._triangle
+    right = triangle.t() @ image if main else image
+    rest = triangle.t() @ (triangle @ step) + damping * step - right
+    norm = float(torch.linalg.vector_norm(right))
+    if not bool(torch.isfinite(step).all()):
+        return Solved(step, "the step holds values that are not finite; raise the damping", 1, math.inf)
+    return Solved(step, "", 1, float(torch.linalg.vector_norm(rest)) / norm if norm else 0.0)
+
+
+def stacked_triangle(rows: Tensor) -> Tensor:
+    """R of QR of the rows, square also where they are fewer than columns."""
+    r: Tensor = torch.linalg.qr(rows, mode="r").R
+    if len(r) < r.shape[1]:
+        r = torch.cat([r, r.new_zeros(r.shape[1] - len(r), r.shape[1])])
+    return r
+
+
+def _seminormal(r: Tensor, right: Tensor) -> Tensor:
+    half = torch.linalg.solve_triangular(r.t(), right[:, None], upper=False)
+    whole: Tensor = torch.linalg.solve_triangular(r, half, upper=True)
+    return whole[:, 0]
+
+
+class ParameterSpace:
+    """J^T J (P, P) added up over tiles of rows and over the ranks; a Cholesky factorisation for each damping."""
+
+    def __init__(self, jacobian: Jacobian, group: Group, *, tolerance: float, dtype: torch.dtype) -> None:
+        self._rows = Sharded(jacobian, group)
+        p = jacobian.num_columns
+        self._normal = torch.zeros(p, p, dtype=torch.float64, device=jacobian.device)
+        for _, rows in jacobian.tiles():
+            rows = rows.to(dtype)
+            self._normal += rows.t() @ rows
+        group.sum_(self._normal)
+        self._damped = DampedGram(self._normal, tolerance=tolerance)
+
+    def solve(self, v: Tensor, damping: float) -> Direction:
+        solved = self._damped.solve(self._rows.t_mv(v).double(), damping)
+        step = solved.x.to(v.dtype)
+        return Direction(step, self._rows.operator.mv(step), solved)
+
+    def image(self, w: Tensor) -> Tensor:
+        return self._rows.operator.mv(w)
+
+    def effective_dimension(self, damping: float) -> float | None:
+        return self._damped.effective_dimension(damping)
+
+
+class Krylov:
+    """Conjugate gradients on K + damping I from products, preconditioned or not.
+
+    The vectors are those of all ranks' rows, on every rank: a product is one sum of P numbers and one gather of N."""
+
+    def __init__(
+        self,
+        operator: Operator,
+        group: Group,
+        *,
+        tolerance: float,
+        max_iterations: int,
+        preconditioner: Callable[[Sharded], Preconditioner] | None = None,
+    ) -> None:
+        self._rows = Sharded(operator, group)
+        self._tolerance, self._max_iterations = tolerance, max_iterations
+        self._preconditioner = preconditioner(self._rows) if preconditioner is not None else None
+
+    def solve(self, v: Tensor, damping: float) -> Direction:
+        solved = pcg(
+            self._rows.product,
+            self._rows.all(v),
+            damping,
+            self._preconditioner,
+            tolerance=self._tolerance,
+            max_iterations=self._max_iterations,
+        )
+        step = self._rows.t_mv(solved.x[self._rows.own])
+        return Direction(step, self._rows.operator.mv(step), solved)
+
+    def image(self, w: Tensor) -> Tensor:
+        return self._rows.operator.mv(w)
+
+    def effective_dimension(self, damping: float) -> float | None:
+        return self._preconditioner.effective_dimension(damping) if self._preconditioner is not None else None

@@ -53,8 +53,10 @@ class GaussNewton:
     """exact: Cholesky of K; qr, cholesky: of J and of J^T J, where parameters are fewer than rows; cg, rpchol, nystrom,
     sketch: conjugate gradients, plain, or preconditioned by a randomly pivoted Cholesky factor, a Nystrom approximation
     or a sketch; auto: the cheapest by a cost model that measures the machine."""
-    damping: float = 1e-3
-    """At the start, relative to the mean diagonal of K; from there it follows the gain ratio."""
+    damping: float | None = None
+    """Relative to the mean diagonal of K: at the start, from where it follows the gain ratio; on samples the least.
+    None is 1e-3, and 1 where a damping that proves too small would cost many products (cg, rpchol, nystrom; not on
+    samples)."""
     adapt: bool = True
     """Change the damping by the gain ratio and take back steps that do not lower the loss; without, a fixed damping and
     every step is taken."""
@@ -64,8 +66,8 @@ class GaussNewton:
     eliminate_output: bool = False
     """After each step solve for the last linear layer in closed form, the others held."""
     sample_rows: int | None = None
-    """Rows, over all ranks, that a step draws; None takes all. Steps on a sample have a fixed damping and are taken
-    untested."""
+    """Rows, over all ranks, that a step draws; None takes all. The damping is then `damping`, raised where the loss on
+    the sample rises or falls by much less than predicted, and lowered back."""
     sample_steps: int | None = None
     """Steps on samples, over which lr falls linearly to 0; then steps take all rows, damped from where `damping` says.
     None goes on with samples at a constant lr."""
@@ -77,8 +79,9 @@ class GaussNewton:
     """Of solver sketch: sampled hidden units, or a random projection of the rows of J."""
     sketch_rows: float = 4.0
     """Columns of the sketch for each row; below 1 it is of low rank."""
-    inner_tolerance: float = 1e-2
-    """Relative residual at which iterative solvers stop; it tightens by itself where steps contract better."""
+    inner_tolerance: float | None = None
+    """Relative residual at which iterative solvers stop; on all rows it tightens by itself where steps contract better.
+    None is 0.1 without a preconditioner and 0.01 with one."""
     inner_iterations: int = 250
     """Iterations of one linear system at most."""
     max_retries: int = 16
@@ -95,8 +98,9 @@ class GaussNewton:
 
     def __post_init__(self) -> None:
         for name in ("damping", "lr", "inner_tolerance", "sketch_rows"):
-            if not getattr(self, name) > 0:
-                raise BadInput(f"gauss-newton: {name} must be positive, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise BadInput(f"gauss-newton: {name} must be positive, got {value}")
         for name in ("inner_iterations", "max_retries", "tile", "sample_rows", "sample_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 import torch
 from torch import Tensor
 
-from ...training import Batch, CannotTrain
+from ...training import Batch, CannotTrain, stream
 from .capture import Plan, predicted_bytes
 from .cost import Estimate, Rates, Shape, Solver, estimates, measured
 from .jacobian import Jacobian
@@ -29,10 +29,16 @@ MEMORY = 0.75
 """Of the machine's, where the recipe does not say."""
 PILOT_RANK = 128
 """Columns of K from which the effective dimension is guessed."""
+TRACE_PROBES = 8
+"""Products of random signs from which the trace of K is estimated, where there are products alone."""
 MOVED = 30.0
 """A factor of the damping at which the choice is made anew."""
 SQUARED_CONDITION = 1e-8
 """Relative damping below which float64 normal equations lose too much, and QR is taken instead."""
+LOOSE, TIGHT = 0.1, 0.01
+"""Relative residuals at which conjugate gradients stop without and with a preconditioner, whose making costs most."""
+DAMPING = 1e-3
+"""Relative to the mean diagonal of K, where the recipe does not say."""
 SINGLE = 1e-3
 """Relative damping from which float32 is enough for the Gram matrix and its factor."""
 DIGITS_ARE_WORTH = 3.0
@@ -87,21 +93,20 @@ class Choice:
     ) -> Linearised:
         """The system at the present weights for this rank's residuals s. Collective.
 
-        damping: absolute; None for the recipe's own, which is relative. Raises CannotTrain where no solver fits into
+        damping: absolute; None for that of the start, which is relative; tolerance: of iterative solvers, where the
+        recipe's is not smaller. Raises CannotTrain where no solver fits into
         memory."""
         objective, plan = self._objective, self._objective.plan(batch)
         outputs = at.z.shape[1]
         rates, limit = self._means()
         factors = predicted_bytes(plan, at.rows, outputs) <= limit / 2
-        alone = self._recipe.solver in ("cg", "nystrom") or not factors
-        jacobian = None if alone or self._products_only(outputs) else objective.jacobian(batch)
+        jacobian = objective.jacobian(batch) if factors else None
         unit = self._unit(jacobian, batch, at, s)
-        damping = self._recipe.damping * unit if damping is None else damping
+        damping = (self._recipe.damping or DAMPING) * unit if damping is None else damping
         shape = self._shape(plan, at, jacobian, tolerance, factors)
         estimate = self._pick(shape, jacobian, unit, damping, step, rates, limit)
-        if jacobian is None and estimate.solver not in ("cg", "nystrom"):
-            jacobian = objective.jacobian(batch)
-        system = self._make(estimate.solver, shape, jacobian, batch, at, s, damping, unit, step, tolerance)
+        near = self._tolerance(estimate.solver == "cg", tolerance)
+        system = self._make(estimate.solver, shape, jacobian, batch, at, s, damping, unit, step, near)
         return Linearised(system, estimate, unit)
 
     def _means(self) -> tuple[Rates, float]:
@@ -117,23 +122,17 @@ class Choice:
             self._machine = (Rates(*map(float, rates.tolist())), least)
         return self._machine
 
-    def _products_only(self, outputs: int) -> bool:
-        """Whether the last choice needs no factors: products of several outputs are cheaper without."""
-        return self._solver == "cg" and outputs > 2
-
     def _unit(self, jacobian: Jacobian | None, batch: Batch, at: Evaluation, s: Tensor) -> float:
-        """tr K / N; from products alone by an estimate, |J^T v|^2 for signs v."""
+        """tr K / N; from products alone by an estimate, |J^T v|^2 for random signs v, the same on any number of ranks."""
         group, n = self._objective.group, at.rows * at.z.shape[1]
         if jacobian is not None:
             trace = jacobian.diagonal().double().sum().reshape(1)
             group.sum_(trace)
             return float(trace) / n
-        operator = Tiles(self._objective.products(batch, at), self._objective.num_columns)
-        signs = torch.ones_like(s)
-        signs[::2] = -1
-        image = operator.t_mv(signs).double()
-        group.sum_(image)
-        return float(image.square().sum()) / n
+        rows = Sharded(Tiles(self._objective.products(batch, at), self._objective.num_columns), group)
+        signs = torch.randint(0, 2, (TRACE_PROBES, rows.num_rows), generator=stream(self._recipe.seed)).mul(2).sub(1)
+        images = [rows.t_mv(v[rows.own]).double() for v in signs.to(s)]
+        return sum(float(image.square().sum()) for image in images) / (TRACE_PROBES * n)
 
     def _shape(self, plan: Plan, at: Evaluation, jacobian: Jacobian | None, tolerance: float, factors: bool) -> Shape:
         width = sum(layer.units + layer.inputs for layer in plan.layers) + sum(
@@ -150,8 +149,13 @@ class Choice:
             inputs=widest(jacobian) if jacobian is not None else max(1, p),
             dimension=self._dimension or min(n, p) / 4,
             condition=self._condition or 1e4,
-            tolerance=tolerance,
+            loose=self._tolerance(True, tolerance),
+            tight=self._tolerance(False, tolerance),
         )
+
+    def _tolerance(self, plain: bool, most: float) -> float:
+        given = self._recipe.inner_tolerance
+        return min(most, (LOOSE if plain else TIGHT) if given is None else given)
 
     def _pick(
         self,
@@ -240,8 +244,7 @@ class Choice:
         if solver == "exact":
             assert jacobian is not None
             return SampleSpace(jacobian, group, tolerance=tolerance, single=damping >= SINGLE * unit)
-        own = jacobian if jacobian is not None and not shape.matrix_free else None
-        operator = own or Tiles(self._objective.products(batch, at), self._objective.num_columns)
+        operator = jacobian or Tiles(self._objective.products(batch, at), self._objective.num_columns)
 
         def preconditioner(rows: Sharded) -> Any:
             if solver == "nystrom":

@@ -1,8 +1,8 @@
 """What each way of solving would cost: operations over measured rates, bytes over bandwidth, and memory.
 
-N rows, P parameters, C rows a sample, d the effective dimension tr K (K + damping I)^-1. The orders of Sketched
-Gauss-Newton: the structured Gram matrix N^2 Sigma, Cholesky N^3/3, QR of tiles 2 N P^2, a product with K 4 N P from
-factors or 8 N P / C without. How many iterations conjugate gradients take is a guess until they have been run once.
+N rows of n = N / C samples, P parameters, d the effective dimension tr K (K + damping I)^-1. The structured Gram matrix
+is N^2 Sigma operations, Cholesky N^3/3, QR of tiles 2 N P^2, a product with K 4 n P + 4 N Sigma from factors or 8 n P
+without. How many iterations conjugate gradients take is a guess until they have been run once.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ SKETCHED = 10.0
 class Shape:
     """What the costs depend on. rows: N; columns: P; outputs: C; width: Sigma of `Jacobian.width`; factors: whether
     every layer has factors; double: whether the model is float64; inputs: of the layer with most parameters, for
-    sampled units; dimension: d; condition: (largest eigenvalue of K + damping) / damping; tolerance: of the iterative
-    solvers."""
+    sampled units; dimension: d; condition: (largest eigenvalue of K + damping) / damping; loose, tight: relative
+    residuals to which conjugate gradients go without and with a preconditioner."""
 
     rows: int
     columns: int
@@ -49,12 +49,8 @@ class Shape:
     inputs: int
     dimension: float
     condition: float
-    tolerance: float
-
-    @property
-    def matrix_free(self) -> bool:
-        """Whether products without factors are cheaper: 8 n P operations against 4 n C P."""
-        return not self.factors or self.outputs > 2
+    loose: float
+    tight: float
 
 
 @dataclass(frozen=True)
@@ -132,9 +128,10 @@ def estimates(shape: Shape, rates: Rates, known: Mapping[str, float]) -> dict[So
     size = 8 if shape.double else 4
     skinny = rates.skinny64 if shape.double else rates.skinny32
     gemm = rates.gemm64 if shape.double else rates.gemm32
-    product = (8 * n * p / shape.outputs if shape.matrix_free else 4 * n * p) / skinny
-    digits = max(0.5, -math.log10(shape.tolerance) / 2)
-    free = min(0.7 * math.sqrt(shape.condition), 7 * d) * digits
+    samples = n / shape.outputs
+    product = (4 * samples * p + 4 * n * shape.width if shape.factors else 8 * samples * p) / skinny
+    digits = max(0.5, -math.log10(shape.tight) / 2)
+    free = min(0.7 * math.sqrt(shape.condition), 7 * d) * max(0.5, -math.log10(shape.loose) / 2)
     rank = min(n / 2, max(32.0, 2 * d))
     found: dict[Solver, Estimate] = {}
 
@@ -150,9 +147,9 @@ def estimates(shape: Shape, rates: Rates, known: Mapping[str, float]) -> dict[So
         sampled = min(float(shape.width), UNITS_A_ROW * n / shape.inputs + shape.inputs)
         add("sketch", n * n * sampled / gemm + n**3 / 3 / (rates.cholesky64 if shape.double else gemm / 2),
             3 * size * n * n, SKETCHED * digits, 2 * n * n * 8 / rates.bandwidth)  # fmt: skip
-    rows_made = n * p * 8 / rates.bandwidth
-    add("qr", rows_made + 2 * n * p * p / rates.qr64 + SVD_OPERATIONS * p**3 / rates.gemm64, 40 * p * p)
-    add("cholesky", rows_made + 2 * n * p * p / rates.gemm64 + p**3 / 3 / rates.cholesky64, 24 * p * p)
+        rows_made = n * p * 8 / rates.bandwidth
+        add("qr", rows_made + 2 * n * p * p / rates.qr64 + SVD_OPERATIONS * p**3 / rates.gemm64, 40 * p * p)
+        add("cholesky", rows_made + 2 * n * p * p / rates.gemm64 + p**3 / 3 / rates.cholesky64, 24 * p * p)
     add("cg", 0.0, 6 * size * n, free)
     add("nystrom", rank * product + 4 * rank**2 * n / rates.gemm64, 16 * n * rank,
         PRECONDITIONED * digits, 4 * n * rank * 8 / rates.bandwidth)  # fmt: skip

@@ -206,6 +206,13 @@ class Jacobian:
             found.append(block.from_tensors([torch.cat(group.gather(t.contiguous())) for t in block.tensors()]))
         return self._with(found)
 
+    def double(self) -> Jacobian:
+        """The same in float64; a copy where the model is not."""
+        if self.dtype == torch.float64:
+            return self
+        parts = ([t.double() if t.is_floating_point() else t for t in block.tensors()] for block in self.blocks)
+        return self._with(block.from_tensors(own) for block, own in zip(self.blocks, parts, strict=True))
+
     def _with(self, blocks: Iterable[Block]) -> Jacobian:
         return Jacobian(tuple(blocks), self.places, self.num_columns)
 

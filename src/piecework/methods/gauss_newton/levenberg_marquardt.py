@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...training import BadInput, Batch, DidNotSolve, Metrics
-from .choice import Choice, Linearised
+from .choice import DAMPING, Choice, Linearised
 from .elimination import eliminate_, output_layer
 from .objective import Evaluation, LeastSquares
 from .sampled import Sampler, averaged, rate
@@ -27,7 +27,15 @@ GEODESIC_LIMIT = 0.75
 """Of 2 |a| / |d|: where the correction is longer, the quadratic model of the path is not to be trusted."""
 LEAST_DAMPING = {torch.float64: 1e-18, torch.float32: 1e-12}
 """Relative to the mean diagonal of K."""
+MOST_DAMPING = 1e18
+"""Relative too: a step is then less than rounding, and stalls one after the other do not overflow."""
 DIRECT = ("exact", "qr", "cholesky")
+DEAR_RETRIES = ("cg", "rpchol", "nystrom")
+"""Solvers for which a damping that proves too small costs many products."""
+CAREFUL_DAMPING = 1.0
+"""Relative damping at the start for those."""
+RAISE, EASE = 4.0, 1.5
+"""Factors of the damping on samples, after a step that the sample refutes and after one that it confirms."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,7 @@ class LevenbergMarquardt:
         self._known: tuple[Tensor, Tensor, Evaluation] | None = None  # x, y and the evaluation at the present weights
         self._sampler: Sampler | None = None
         self._phi: Tensor | None = None
+        self._raised = 1.0  # the damping on samples, in units of the recipe's
         self._output = output_layer(objective) if recipe.eliminate_output else None
 
     # -- the step ------------------------------------------------------------------------------------------------------
@@ -72,7 +81,9 @@ class LevenbergMarquardt:
         damping = None if self._damping is None else self._damping * start.rows
         made = self._choice.linearise(batch, start, s, damping, step=self._step, tolerance=self._tolerance())
         self.words = {"solver": made.estimate.solver}
-        self._damping = self._recipe.damping * made.unit / start.rows if damping is None else self._damping
+        if damping is None:
+            usual = CAREFUL_DAMPING if made.estimate.solver in DEAR_RETRIES else DAMPING
+            self._damping = (self._recipe.damping or usual) * made.unit / start.rows
         found, figures = self._search(batch, start, s, made)
         self._step += 1
         self._known = (batch.x, batch.y, found)
@@ -102,31 +113,49 @@ class LevenbergMarquardt:
                 f"the loss is not finite at step {self._step}: a step on a sample was too long; raise damping or "
                 "sample_rows, or lower lr"
             )
-        made = self._choice.linearise(rows, at, s, None, step=self._step, tolerance=recipe.inner_tolerance)
+        made = self._choice.linearise(rows, at, s, None, step=self._step, tolerance=1.0)
         self.words = {"solver": made.estimate.solver}
         began = time.perf_counter()
-        damping = recipe.damping * made.unit
         rest = s
         if recipe.momentum and self._phi is not None:
             rest = s - recipe.momentum * made.system.image(self._phi)
-        direction = made.system.solve(rest, damping)
-        before = 0.0 if self._phi is None or not recipe.momentum else recipe.momentum * self._phi
-        phi = before + direction.step
+        lr = rate(self._step, recipe.lr, recipe.sample_steps)
+        origin = objective.weights
+        for rejected in range(recipe.max_retries + 1):  # noqa: B007
+            damping = self._raised * (recipe.damping or DAMPING) * made.unit
+            direction = made.system.solve(rest, damping)
+            before = 0.0 if self._phi is None or not recipe.momentum else recipe.momentum * self._phi
+            phi = before + direction.step
+            move = lr * averaged(phi, recipe.momentum, self._step + 1)
+            objective.move_((origin.double() - move.double()).to(objective.dtype))
+            if not recipe.adapt:
+                break
+            ratio = self._ratio(rows, at, s, made.system.image(move))
+            if ratio > 0:
+                self._raised = max(1.0, self._raised / EASE) if ratio > 0.75 else self._raised
+                self._raised *= RAISE if ratio < 0.25 else 1.0
+                break
+            self._raised *= RAISE
+            objective.move_(origin)
         self._phi = phi if recipe.momentum else None
-        move = rate(self._step, recipe.lr, recipe.sample_steps) * averaged(phi, recipe.momentum, self._step + 1)
-        if bool(move.isfinite().all()):
-            objective.move_((objective.weights.double() - move.double()).to(objective.dtype))
         self._choice.note(made.estimate.solver, direction.solved.iterations, damping)
         self._step += 1
         self._known = None
         return _metrics({
             "loss": at.total / at.rows,
-            "damping": recipe.damping,
+            "damping": damping / made.unit if made.unit > 0 else 0.0,
+            "rejected": float(rejected),
             "iterations": float(direction.solved.iterations),
             "linear_residual": direction.solved.residual,
             "predicted_seconds": made.estimate.seconds,
             "solve_seconds": time.perf_counter() - began,
         })  # fmt: skip
+
+    def _ratio(self, rows: Batch, at: Evaluation, s: Tensor, moved: Tensor) -> float:
+        """The fall of the sample's loss over the predicted one; nan where either is not to be had."""
+        promised = self._promised(s, moved)
+        there = self._objective.evaluate(rows)
+        return (at.total - there.total) / promised if promised > 0 and math.isfinite(there.total) else math.nan
 
     def _start(self, batch: Batch) -> Evaluation:
         if self._known is not None and self._known[0] is batch.x and self._known[1] is batch.y:
@@ -140,7 +169,8 @@ class LevenbergMarquardt:
         return start
 
     def _tolerance(self) -> float:
-        return min(self._recipe.inner_tolerance, max(1e-8, 0.1 * self._contraction))
+        """Of the linear system: it need not be solved better than steps contract."""
+        return max(1e-8, 0.1 * self._contraction)
 
     def _search(
         self, batch: Batch, start: Evaluation, s: Tensor, made: Linearised
@@ -160,7 +190,7 @@ class LevenbergMarquardt:
             rejected += 1
             if rejected > self._recipe.max_retries:
                 break
-            self._damping = max(self._damping, least) * self._growth
+            self._damping = min(max(self._damping, least) * self._growth, MOST_DAMPING * made.unit / start.rows)
             self._growth *= 2
         taken = trial.at is not None and (trial.ratio > 0 or not self._recipe.adapt)
         if taken and trial.at is not None:
@@ -171,6 +201,7 @@ class LevenbergMarquardt:
                 self._growth = 2.0
         else:
             end = start
+            self._growth = 2.0
             objective.move_(origin)
         self._choice.note(made.estimate.solver, direction.solved.iterations, damping)
         dimension = made.system.effective_dimension(damping)
@@ -264,6 +295,7 @@ class LevenbergMarquardt:
             "damping": -1.0 if self._damping is None else self._damping,
             "growth": self._growth,
             "contraction": self._contraction,
+            "raised": self._raised,
             "choice": self._choice.state(),
             **({} if self._phi is None else {"phi": self._phi.clone()}),
         }
@@ -273,7 +305,7 @@ class LevenbergMarquardt:
             raise BadInput("this state is not of gauss-newton: it has no choice of a solver")
         self._step, self._growth = int(state["step"]), float(state["growth"])
         self._damping = None if float(state["damping"]) < 0 else float(state["damping"])
-        self._contraction = float(state["contraction"])
+        self._contraction, self._raised = float(state["contraction"]), float(state["raised"])
         self._choice.go_on(state["choice"])
         phi = state.get("phi")
         self._phi = None if phi is None else phi.to(self._objective.device, self._objective.dtype, copy=True)

@@ -106,7 +106,8 @@ class Sharded:
 class SampleSpace:
     """K itself, formed once; a Cholesky factorisation for each damping.
 
-    single: whether to try in float32, where the model is; what it then cannot solve is formed anew in float64."""
+    single: whether to try in float32, where the model is; what it then cannot solve is formed anew in float64. So is
+    J^T g then: at a small damping g is large, and nearly all of it cancels."""
 
     def __init__(self, jacobian: Jacobian, group: Group, *, tolerance: float, single: bool) -> None:
         self._rows, self._jacobian, self._tolerance = Sharded(jacobian, group), jacobian, tolerance
@@ -114,6 +115,7 @@ class SampleSpace:
 
     def _form(self, dtype: torch.dtype) -> None:
         group = self._rows.group
+        self._own = self._jacobian.double() if dtype == torch.float64 else self._jacobian
         gram = self._jacobian.gathered(group).gram(dtype, None if group.size == 1 else self._rows.own)
         self._gram = self._rows.all(gram)
         self._damped = DampedGram(self._gram, tolerance=self._tolerance, dtype=dtype)
@@ -124,9 +126,10 @@ class SampleSpace:
         if self._gram.dtype == torch.float32 and not solved.residual <= self._tolerance:
             self._form(torch.float64)
             solved = self._damped.solve(right, damping)
-        own = solved.x[self._rows.own]
+        step = self._own.t_mv(solved.x[self._rows.own])
+        self._rows.group.sum_(step)
         moved = (self._gram[self._rows.own] @ solved.x).to(v.dtype)
-        return Direction(self._rows.t_mv(own.to(v.dtype)), moved, solved)
+        return Direction(step.to(v.dtype), moved, solved)
 
     def image(self, w: Tensor) -> Tensor:
         return self._rows.operator.mv(w)

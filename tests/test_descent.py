@@ -11,7 +11,8 @@ from torch import Tensor
 
 from kernels import outer_rows, relu_factors
 from piecework.solvers import sketch
-from piecework.solvers.damped import gradient_descent, sketch_pcg, sketched_norm
+from piecework.solvers.damped import sketch_pcg
+from piecework.solvers.descent import gradient_descent, sketched_norm
 from piecework.solvers.precondition import SketchedQR
 from piecework.training import BadInput, stream
 

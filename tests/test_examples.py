@@ -75,3 +75,22 @@ def test_the_second_example_learns_higgs() -> None:
         pytest.skip("higgs is not on this machine; set PIECEWORK_DATA to a folder that has it")
     score = main_of("02_higgs_on_two_ranks.py")(["--rows", "8000", "--hidden", "100", "--sweeps", "6"])
     assert score > 0.62
+
+
+def test_a_function_is_fitted_far_below_where_gradients_stop(capsys: pytest.CaptureFixture[str]) -> None:
+    error = main_of("03_fit_to_machine_precision.py")(["--units", "15", "--steps", "120"])
+    assert error < 1e-4
+    errors = [float(one) for one in re.findall(r"relative error (\S+)", capsys.readouterr().out)]
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_a_regression_from_a_table_beats_the_linear_one(capsys: pytest.CaptureFixture[str]) -> None:
+    score = main_of("04_regression_from_a_table.py")(["--seconds", "2"])
+    said = capsys.readouterr().out
+    assert score > 0.99
+    assert float(re.findall(r"linear regression +R2 (\S+)", said)[0]) < 0.9
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # by torch's forward mode
+def test_an_equation_is_solved_from_its_residuals() -> None:
+    assert main_of("05_physics_informed_poisson.py")(["--units", "20", "--steps", "40"]) < 0.02

@@ -14,12 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from jacobian_cases import CASES, dense, filled, randn, relative, rooted, roots
 from piecework.group import Group
-from piecework.methods.gauss_newton import blocks
-from piecework.methods.gauss_newton.blocks import KINDS, Kind, Rows
-from piecework.methods.gauss_newton.capture import capture, predicted_bytes
-from piecework.methods.gauss_newton.factors import Outer
-from piecework.methods.gauss_newton.jacobian import Jacobian, concatenate
-from piecework.methods.gauss_newton.planning import plan
+from piecework.methods.gauss_newton.jacobian import blocks
+from piecework.methods.gauss_newton.jacobian.blocks import KINDS, Kind, Rows
+from piecework.methods.gauss_newton.jacobian.capture import capture, predicted_bytes
+from piecework.methods.gauss_newton.jacobian.factors import Outer
+from piecework.methods.gauss_newton.jacobian.planning import plan
+from piecework.methods.gauss_newton.jacobian.whole import Jacobian, concatenate
 from piecework.testing import threads
 from piecework.training import BadInput
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from jacobian_cases import CASES, Case, dense, filled, randn, relative, rooted, roots
-from piecework.methods.gauss_newton.capture import capture
-from piecework.methods.gauss_newton.jacobian import Jacobian
-from piecework.methods.gauss_newton.planning import plan
+from piecework.methods.gauss_newton.jacobian.capture import capture
+from piecework.methods.gauss_newton.jacobian.planning import plan
+from piecework.methods.gauss_newton.jacobian.whole import Jacobian
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning"),  # forward mode loads

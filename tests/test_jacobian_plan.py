@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from jacobian_cases import CASES, Twice, dense, filled, randn, relative
-from piecework.methods.gauss_newton.capture import capture, values_of
-from piecework.methods.gauss_newton.factors import Lookup
-from piecework.methods.gauss_newton.planning import plan
+from piecework.methods.gauss_newton.jacobian.capture import capture, values_of
+from piecework.methods.gauss_newton.jacobian.factors import Lookup
+from piecework.methods.gauss_newton.jacobian.planning import plan
 from piecework.training import BadInput, CannotTrain, stream
 
 pytestmark = [

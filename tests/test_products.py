@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import FlopCounterMode
 
 from jacobian_cases import CASES, dense, filled, randn, relative, rooted
-from piecework.methods.gauss_newton.products import MatrixFree
+from piecework.methods.gauss_newton.jacobian.products import MatrixFree
 from piecework.training import BadInput
 
 pytestmark = [

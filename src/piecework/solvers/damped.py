@@ -8,8 +8,8 @@ Given g, the step of the parameters is J^T g, the same as (J^T J + damping I)^-1
   rpchol_pcg    the same, preconditioned by a randomly pivoted partial Cholesky factor: for low effective dimension.
   nystrom_pcg   the same, from products alone.
 
-`gradient_descent` is the solver of that paper's algorithm 2, for reproduction; `linear.cg` without a preconditioner is
-the control that all of them have to beat.
+`descent.gradient_descent` is the solver of that paper's algorithm 2, for reproduction; `linear.cg` without a
+preconditioner is the control that all of them have to beat.
 
 `product` is v -> K v without the damping, in the dtype of the right-hand side: that dtype decides how small a residual
 can be, while preconditioners may be of any. Right-hand sides are (N,) or (N, k); the columns share one Krylov space
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..training import BadInput, stream
 from .linear import cg
-from .precondition import Preconditioner, SketchedQR, nystrom, rpcholesky, sketched
+from .precondition import Preconditioner, nystrom, rpcholesky, sketched
 from .solved import Solved
 
 Product = Callable[[Tensor], Tensor]
@@ -39,8 +39,6 @@ PROGRESS = 0.5
 """A refinement or a restart that leaves more of the residual than this is the last."""
 HOPELESS = 0.1
 """Of the right-hand side: with a residual above this an answer is worth little, and eigenvalues are worth 9 N^3."""
-DIVERGED = 1e6
-"""Growth of the residual of gradient descent at which it is given up."""
 
 
 def exact(
@@ -94,7 +92,7 @@ class DampedGram:
         """g in the dtype of the work, for r (N,) or (N, k). iterations counts the factorisations.
 
         Raises BadInput for shapes that do not fit and for a negative damping."""
-        _check(rhs, damping)
+        check_system(rhs, damping)
         if len(rhs) != len(self._kernel):
             raise BadInput(
                 f"a right-hand side of {len(rhs)} numbers needs a Gram matrix of as many rows and columns, got "
@@ -103,7 +101,7 @@ class DampedGram:
         b = rhs.to(self._kernel.dtype)
         norm = float(torch.linalg.vector_norm(b, dtype=torch.float64))
         if not (math.isfinite(norm + damping) and self._finite):
-            return _not_finite(b)
+            return not_finite(b)
         if norm == 0:
             return Solved(torch.zeros_like(b), "", 0, 0.0)
         factor, attempts = self._factor(damping)
@@ -229,9 +227,9 @@ def pcg(
     iterate is then the sketch-and-solve guess P^-1 r with its best length; starting from that guess saves an iteration
     and costs a product. Where rounding keeps the true residual from what the recursion says, it starts again
     from the answer, as long as that halves the residual (iterative refinement)."""
-    _check(rhs, damping)
+    check_system(rhs, damping)
     if not (math.isfinite(damping) and bool(torch.isfinite(rhs).all())):
-        return _not_finite(rhs)
+        return not_finite(rhs)
     most = 10 * rhs.numel() if max_iterations is None else max_iterations
     precondition = preconditioner.at(damping) if preconditioner is not None and bool(rhs.any()) else None
 
@@ -293,7 +291,7 @@ def rpchol_pcg(
 
     columns: index (b,) -> K[:, index]; diagonal: (N,); rank: about twice the effective dimension without. Little use
     where the effective dimension is near N, as for kernels of ReLU networks."""
-    _check(rhs, damping)
+    check_system(rhs, damping)
     if diagonal.shape != (len(rhs),):
         raise BadInput(f"K has a diagonal of {len(rhs)} entries, got {tuple(diagonal.shape)}")
     made = rpcholesky(columns, diagonal, rank=rank, block=block, damping=damping, seed=seed)
@@ -313,103 +311,12 @@ def nystrom_pcg(
     """PCG with a Gaussian Nystrom approximation of K from `rank` products with it (`precondition.nystrom`).
 
     product must take (N, rank)."""
-    _check(rhs, damping)
+    check_system(rhs, damping)
     made = nystrom(product, len(rhs), rank=rank, seed=seed, like=rhs)
     return pcg(product, rhs, damping, made, tolerance=tolerance, max_iterations=max_iterations)
 
 
-def gradient_descent(
-    product: Product,
-    rhs: Tensor,
-    features: Tensor,
-    damping: float = 0.0,
-    *,
-    step: float | None = None,
-    tolerance: float = 1e-8,
-    max_iterations: int = 1000,
-    seed: int = 0,
-) -> Solved:
-    """Algorithm 2 (`fast_solve`) of van den Brand et al.: z <- z - step M^T (M z - R^T r), g = R z, from z = 0.
-
-    R: the inverse of the triangle of the sketch, features (N, s) with s >= N; M = R^T (K + damping I) R. Descent on a
-    squared system, two products with K an iteration, for rhs (N,). It converges for step < 2 / |M|^2.
-
-    step: 1 as published, which with |M| ~ (1 - (N/s)^(1/2))^-2 converges only from s of about 40 N on; without,
-    1 / |M|^2 with |M| by power iteration. Where it diverges, the answer is 0 and the reason says by how much to
-    raise s."""
-    _check(rhs, damping)
-    if rhs.dim() != 1 or features.dim() != 2 or len(features) != len(rhs) or features.shape[1] < len(rhs):
-        raise BadInput(
-            f"descent takes one right-hand side (N,) and a sketch (N, s) with s >= N; got {tuple(rhs.shape)} and "
-            f"{tuple(features.shape)}"
-        )
-    if not all(bool(torch.isfinite(x).all()) for x in (rhs, features)) or not math.isfinite(damping):
-        return _not_finite(rhs)
-    if not bool(rhs.any()):
-        return Solved(torch.zeros_like(rhs), "", 0, 0.0)
-    r = SketchedQR(features).triangle(damping).to(rhs.dtype)
-    if step is None:
-        step = 1 / sketched_norm(product, r, damping, seed=seed) ** 2
-    found = _descended(product, rhs, r, damping, step, tolerance, max_iterations)
-    if found.residual <= DIVERGED:
-        return found
-    if not math.isfinite(found.residual):
-        return _not_finite(rhs)
-    reason = (
-        f"gradient descent diverges with step {step:.2g} and {features.shape[1] / len(rhs):.1f} sketch columns a row; "
-        "a step of 1 takes 40 a row, or leave the step out, or take sketch_pcg"
-    )
-    return Solved(torch.zeros_like(rhs), reason, found.iterations, float("inf"))
-
-
-def _descended(
-    product: Product, rhs: Tensor, r: Tensor, damping: float, step: float, tolerance: float, most: int
-) -> Solved:
-    norm = float(torch.linalg.vector_norm(rhs, dtype=torch.float64))
-    z, g, rest, residual, iteration = torch.zeros_like(rhs), torch.zeros_like(rhs), -rhs, 1.0, 0
-    while tolerance < residual <= DIVERGED and iteration < most:
-        z = z - step * _sketched(product, r, damping, _left(r, rest))
-        g = _right(r, z)
-        rest = product(g) + damping * g - rhs
-        residual = float(torch.linalg.vector_norm(rest, dtype=torch.float64)) / norm
-        iteration += 1
-    if residual <= tolerance:
-        return Solved(g, "", iteration, residual)
-    reason = f"gradient descent stopped at {iteration} iterations; raise max_iterations, or take sketch_pcg"
-    return Solved(g, reason, iteration, residual)
-
-
-def sketched_norm(
-    product: Product, triangle: Tensor, damping: float = 0.0, *, iterations: int = 50, seed: int = 0
-) -> float:
-    """|M|_2 of M = R^T (K + damping I) R, R = triangle^-1, by power iteration: a lower bound, close from 50 on."""
-    v = torch.randn(len(triangle), generator=stream(seed), dtype=torch.float64).to(triangle)
-    norm = 0.0
-    for _ in range(iterations):
-        v = _sketched(product, triangle, damping, v / torch.linalg.vector_norm(v))
-        norm = float(torch.linalg.vector_norm(v))
-        if not norm or not math.isfinite(norm):
-            return 1.0
-    return norm
-
-
-def _right(triangle: Tensor, v: Tensor) -> Tensor:
-    x: Tensor = torch.linalg.solve_triangular(triangle, v[:, None], upper=True)
-    return x[:, 0]
-
-
-def _left(triangle: Tensor, v: Tensor) -> Tensor:
-    x: Tensor = torch.linalg.solve_triangular(triangle.t(), v[:, None], upper=False)
-    return x[:, 0]
-
-
-def _sketched(product: Product, triangle: Tensor, damping: float, v: Tensor) -> Tensor:
-    """M v; M is symmetric, so this is M^T v too."""
-    x = _right(triangle, v)
-    return _left(triangle, product(x) + damping * x)
-
-
-def _check(rhs: Tensor, damping: float) -> None:
+def check_system(rhs: Tensor, damping: float) -> None:
     if rhs.dim() not in (1, 2) or rhs.dtype not in (torch.float32, torch.float64) or not len(rhs):
         raise BadInput(
             f"a right-hand side is (N,) or (N, k) in float32 or float64; got {rhs.dtype} of shape {tuple(rhs.shape)}"
@@ -418,7 +325,7 @@ def _check(rhs: Tensor, damping: float) -> None:
         raise BadInput(f"the damping must be 0 or more, got {damping}")
 
 
-def _not_finite(like: Tensor) -> Solved:
+def not_finite(like: Tensor) -> Solved:
     return Solved(
         torch.zeros_like(like),
         "K, the right-hand side or the damping holds values that are not finite; take a smaller step, or raise the "

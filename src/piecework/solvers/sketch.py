@@ -28,6 +28,9 @@ from ..training import BadInput, stream
 DEAD = 1e-30
 """Of the largest squared norm: units below this are left out, since their weights would not be finite."""
 
+RADIX = 64
+"""The widest factor of a Hadamard transform."""
+
 
 def count(rows: Tensor, num: int, seed: int) -> Tensor:
     """CountSketch: each of the p columns is added to or subtracted from one of `num` columns; (b, p) -> (b, num).
@@ -184,13 +187,20 @@ def hadamard(rows: Tensor, size: int) -> Tensor:
 
     size: a power of two, at least p."""
     x = torch.nn.functional.pad(rows, (0, size - rows.shape[1]))
-    half = 1
-    while half < size:
-        pairs = x.view(len(rows), size // (2 * half), 2, half)
-        first, second = pairs.unbind(2)
-        x = torch.stack([first + second, first - second], 2).reshape(len(rows), size)
-        half *= 2
-    return x
+    left = size
+    while left > 1:  # a matrix product for each factor of up to 64: fewer passes over memory than one for each of 2
+        radix = min(RADIX, left)
+        left //= radix
+        factor = _sylvester(radix).to(x)
+        x = factor @ x.reshape(-1, radix, left) if left > 1 else x.reshape(-1, radix) @ factor
+    return x.reshape(len(rows), size)
+
+
+def _sylvester(size: int) -> Tensor:
+    found = torch.ones(1, 1)
+    while len(found) < size:
+        found = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), found)
+    return found
 
 
 def _signs(num: int, generator: torch.Generator, like: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ Differs from the paper
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Literal
 
@@ -114,6 +115,9 @@ class GaussNewton:
                 raise BadInput(
                     f"gauss-newton: {ignored[0]} is of steps on samples; give sample_rows too, or leave it out"
                 )
+        elif self.sample_steps is None and (self.geodesic or self.eliminate_output):
+            name = "geodesic" if self.geodesic else "eliminate_output"
+            warnings.warn(f"gauss-newton: {name} does nothing on samples of the rows", stacklevel=3)
         if self.memory is not None and not self.memory > 0:
             raise BadInput(f"gauss-newton: memory is a number of GiB, more than 0, got {self.memory}")
 

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 import torch
 from torch import Tensor
 
-from ...training import Batch, CannotTrain, stream
-from .capture import Plan, predicted_bytes
+from ...training import Batch, CannotTrain, DidNotSolve, stream
 from .cost import Estimate, Rates, Shape, Solver, estimates, measured
-from .jacobian import Jacobian
+from .jacobian import Jacobian, Plan, predicted_bytes
 from .objective import Evaluation, LeastSquares
 from .sketches import low_rank, nystrom_of, sketch_of, widest
 from .systems import Krylov, ParameterSpace, ParameterSpaceQR, SampleSpace, Sharded, System, Tiles
@@ -27,10 +26,14 @@ SMALL = 0.02
 """Seconds: a direct solver that is predicted to take less is taken without looking further."""
 MEMORY = 0.75
 """Of the machine's, where the recipe does not say."""
+CHEAP = 0.1
+"""Seconds: below it the pilot would cost as much as it could save."""
 PILOT_RANK = 128
 """Columns of K from which the effective dimension is guessed."""
 TRACE_PROBES = 8
 """Products of random signs from which the trace of K is estimated, where there are products alone."""
+FEWER = 0.7
+"""A part of the rows of the last look below which a choice would not be for the usual number."""
 MOVED = 30.0
 """A factor of the damping at which the choice is made anew."""
 SQUARED_CONDITION = 1e-8
@@ -62,7 +65,7 @@ class Choice:
     def __init__(self, recipe: GaussNewton, objective: LeastSquares) -> None:
         self._recipe, self._objective = recipe, objective
         self._solver: Solver | None = None
-        self._damping, self._next = 0.0, 0  # of the last look; when to look again
+        self._damping, self._rows, self._next = 0.0, 0, 0  # of the last look; when to look again
         self._dimension, self._condition = 0.0, 0.0
         self._known: dict[str, tuple[float, float]] = {}  # iterations and damping of each solver's last run
         self._machine: tuple[Rates, float] | None = None
@@ -71,6 +74,7 @@ class Choice:
         return {
             "solver": self._solver or "",
             "damping": self._damping,
+            "rows": self._rows,
             "next": self._next,
             "dimension": self._dimension,
             "condition": self._condition,
@@ -79,7 +83,7 @@ class Choice:
 
     def go_on(self, state: Mapping[str, Any]) -> None:
         self._solver = cast(Solver, state["solver"]) or None
-        self._damping, self._next = float(state["damping"]), int(state["next"])
+        self._damping, self._rows, self._next = float(state["damping"]), int(state["rows"]), int(state["next"])
         self._dimension, self._condition = float(state["dimension"]), float(state["condition"])
         self._known = {name: (float(pair[0]), float(pair[1])) for name, pair in state["known"].items()}
 
@@ -102,6 +106,11 @@ class Choice:
         factors = predicted_bytes(plan, at.rows, outputs) <= limit / 2
         jacobian = objective.jacobian(batch) if factors else None
         unit = self._unit(jacobian, batch, at, s)
+        if not math.isfinite(unit):
+            raise DidNotSolve(
+                f"the derivatives of the network's outputs are not finite at step {step}; look for infinite features, "
+                "or scale the features or the start weights down"
+            )
         damping = (self._recipe.damping or DAMPING) * unit if damping is None else damping
         shape = self._shape(plan, at, jacobian, tolerance, factors)
         estimate = self._pick(shape, jacobian, unit, damping, step, rates, limit)
@@ -123,7 +132,7 @@ class Choice:
         return self._machine
 
     def _unit(self, jacobian: Jacobian | None, batch: Batch, at: Evaluation, s: Tensor) -> float:
-        """tr K / N; from products alone by an estimate, |J^T v|^2 for random signs v, the same on any number of ranks."""
+        """tr K / N; from products alone by an estimate, |J^T v|^2 for random signs v, equal on any number of ranks."""
         group, n = self._objective.group, at.rows * at.z.shape[1]
         if jacobian is not None:
             trace = jacobian.diagonal().double().sum().reshape(1)
@@ -168,14 +177,15 @@ class Choice:
         limit: float,
     ) -> Estimate:
         snapped = rates.snapped()
-        if self._recipe.solver == "auto" and self._stale(step, damping):
+        if self._recipe.solver == "auto" and self._stale(step, damping, shape.rows):
             found = self._fitting(shape, snapped, damping, limit)
             quick = [one for one in found.values() if not one.iterations and one.seconds <= SMALL]
-            if not quick and jacobian is not None:
+            cheap = min(one.seconds for one in found.values()) <= CHEAP
+            if not quick and not cheap and jacobian is not None:
                 shape = self._explored(shape, jacobian, damping)
                 found = self._fitting(shape, snapped, damping, limit)
-            self._solver = self._cheapest(quick or list(found.values()), unit, damping, shape.double)
-            self._damping, self._next = damping, 2 * step + 1
+            self._solver = self._cheapest(quick or list(found.values()), shape, damping / unit if unit > 0 else 0.0)
+            self._damping, self._rows, self._next = damping, shape.rows, 2 * step + 1
         solver = self._solver if self._recipe.solver == "auto" else self._recipe.solver
         assert solver is not None
         costs = estimates(shape, rates, self._scaled(damping))
@@ -183,8 +193,12 @@ class Choice:
             raise self._too_big(solver, shape, costs, limit)
         return costs[solver]
 
-    def _stale(self, step: int, damping: float) -> bool:
-        if self._solver is None or step >= self._next:
+    def _stale(self, step: int, damping: float, rows: int) -> bool:
+        if self._solver is None:
+            return True
+        if rows < FEWER * self._rows:  # the rest of an epoch of samples: the others decide
+            return False
+        if step >= self._next or FEWER * rows > self._rows:
             return True
         return not self._damping / MOVED <= damping <= self._damping * MOVED
 
@@ -202,12 +216,13 @@ class Choice:
             for name, (count, before) in self._known.items()
         }
 
-    def _cheapest(self, found: list[Estimate], unit: float, damping: float, double: bool) -> Solver:
+    def _cheapest(self, found: list[Estimate], shape: Shape, relative: float) -> Solver:
         best = min(found, key=lambda one: one.seconds)
         careful = next((one for one in found if one.solver == "qr"), None)
-        if careful is not None and best.solver == "cholesky" and double:
+        squares = best.solver in ("cholesky", "exact") and shape.double and shape.columns <= shape.rows
+        if careful is not None and squares:
             cheap = careful.seconds <= max(SMALL, DIGITS_ARE_WORTH * best.seconds)
-            return "qr" if cheap or damping < SQUARED_CONDITION * unit else "cholesky"
+            return "qr" if cheap or relative < SQUARED_CONDITION else best.solver
         return best.solver
 
     def _explored(self, shape: Shape, jacobian: Jacobian, damping: float) -> Shape:
@@ -264,18 +279,22 @@ class Choice:
         )
 
     def _too_big(self, solver: Solver, shape: Shape, costs: Mapping[Solver, Estimate], limit: float) -> CannotTrain:
+        about = f"{shape.rows:,} rows and {shape.columns:,} parameters"
+        if solver not in costs:
+            needs = f"gauss-newton: solver {solver} needs the factors of {about}, which do not fit into {_size(limit)}"
+        else:
+            needs = f"gauss-newton: solver {solver} would need {_size(costs[solver].bytes)} for {about}, and "
+            needs += f"{_size(limit)} are allowed"
         least = min(costs.values(), key=lambda one: one.bytes)
-        needs = costs[solver].bytes if solver in costs else predicted_gib(shape)
-        return CannotTrain(
-            f"gauss-newton: solver {solver} would need {needs / 2**30:.1f} GiB for {shape.rows:,} rows and "
-            f"{shape.columns:,} parameters, and {limit / 2**30:.1f} are allowed; solver {least.solver} needs "
-            f"{least.bytes / 2**30:.1f}; take it, or sample_rows, or raise memory"
-        )
+        way_out = f"solver {least.solver} needs {_size(least.bytes)}: take it, or " if least.bytes <= limit else "take "
+        return CannotTrain(f"{needs}; {way_out}fewer rows in a step (sample_rows), or raise memory")
 
 
-def predicted_gib(shape: Shape) -> float:
-    """Bytes of the factors, for a solver that needs them."""
-    return float(shape.rows * shape.width * (8 if shape.double else 4))
+def _size(num_bytes: float) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
+        if num_bytes >= 0.1 * size:
+            return f"{num_bytes / size:.3g} {unit}"
+    return f"{num_bytes / 2**10:.3g} KiB"
 
 
 def _memory(device: torch.device) -> float:

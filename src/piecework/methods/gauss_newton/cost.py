@@ -20,11 +20,13 @@ Solver = Literal["exact", "qr", "cholesky", "cg", "rpchol", "nystrom", "sketch"]
 
 REFERENCE = {"gemm32": 1.0, "gemm64": 0.5, "skinny32": 0.25, "skinny64": 0.15, "cholesky64": 0.3, "qr64": 0.12}
 """Rates in units of the square float32 product, as two cores of a common processor have them."""
+SCALE = 1e11
+"""Operations a second of the reference's square float32 product."""
 SAME_KIND = 4.0
 """A measured ratio within this factor of its reference counts as the reference: noise must not decide between solvers,
 a processor with slow float64 must."""
-SVD_OPERATIONS = 20.0
-"""Of a square matrix, in units of P^3."""
+DAMPED_QR = 3.3
+"""Operations of QR of two stacked triangles, in units of P^3."""
 PRECONDITIONED = 12.0
 """Iterations with a low-rank preconditioner of twice the effective dimension, to a tolerance of a hundredth."""
 UNITS_A_ROW = 4.0
@@ -76,11 +78,12 @@ class Rates:
     bandwidth: float = 1e10
 
     def snapped(self) -> Rates:
-        """Ratios that are near the reference's become the reference's, the others the nearest power of the factor."""
+        """The rates by which solvers are compared: those of the reference machine, except that a ratio which is not of
+        its kind becomes the nearest power of that factor. So two runs on one machine choose alike."""
         found = {}
         for name, usual in REFERENCE.items():
             ratio = getattr(self, name) / self.gemm32 / usual
-            found[name] = self.gemm32 * usual * SAME_KIND ** round(math.log(ratio, SAME_KIND) * 0.999)
+            found[name] = SCALE * usual * SAME_KIND ** round(math.log(ratio, SAME_KIND) * 0.999)
         return replace(self, **found)
 
 
@@ -148,7 +151,7 @@ def estimates(shape: Shape, rates: Rates, known: Mapping[str, float]) -> dict[So
         add("sketch", n * n * sampled / gemm + n**3 / 3 / (rates.cholesky64 if shape.double else gemm / 2),
             3 * size * n * n, SKETCHED * digits, 2 * n * n * 8 / rates.bandwidth)  # fmt: skip
         rows_made = n * p * 8 / rates.bandwidth
-        add("qr", rows_made + 2 * n * p * p / rates.qr64 + SVD_OPERATIONS * p**3 / rates.gemm64, 40 * p * p)
+        add("qr", rows_made + (2 * n * p * p + DAMPED_QR * p**3) / rates.qr64, 40 * p * p)
         add("cholesky", rows_made + 2 * n * p * p / rates.gemm64 + p**3 / 3 / rates.cholesky64, 24 * p * p)
     add("cg", 0.0, 6 * size * n, free)
     add("nystrom", rank * product + 4 * rank**2 * n / rates.gemm64, 16 * n * rank,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ...group import Group
 from ...losses import Loss, Squared
 from ...models.two_layer_relu import FixedSigns
-from ...solvers.damped import gradient_descent
+from ...solvers.descent import gradient_descent
 from ...training import BadInput, Batch, CannotTrain, DidNotSolve, Metrics
 from .objective import LeastSquares
 
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from . import GaussNewton
 
 PUBLISHED_ROWS = 64.0
-"""Sketch rows a sample at which the unit step converges, with |M| < 2^(1/2): 1 / (1 - (1/40)^(1/2))^2 is less on average,
-and at 40 one sketch in some tens is above it."""
+"""Sketch rows a sample at which the unit step converges: |M|, about 1 / (1 - (1/40)^(1/2))^2 at 40, is below 2^(1/2)
+there on average only, and one sketch in some tens is above."""
 MOST_DESCENT = 500
 
 

@@ -15,7 +15,7 @@ from ...training import BadInput, Batch, DidNotSolve, Metrics
 from .choice import DAMPING, Choice, Linearised
 from .elimination import eliminate_, output_layer
 from .objective import Evaluation, LeastSquares
-from .sampled import Sampler, averaged, rate
+from .sampled import SampledSteps
 from .systems import Direction
 
 if TYPE_CHECKING:
@@ -34,8 +34,6 @@ DEAR_RETRIES = ("cg", "rpchol", "nystrom")
 """Solvers for which a damping that proves too small costs many products."""
 CAREFUL_DAMPING = 1.0
 """Relative damping at the start for those."""
-RAISE, EASE = 4.0, 1.5
-"""Factors of the damping on samples, after a step that the sample refutes and after one that it confirms."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +62,7 @@ class LevenbergMarquardt:
         self._growth = 2.0  # nu of Nielsen's rule
         self._contraction = 1.0  # of |s| in the last step that was taken
         self._known: tuple[Tensor, Tensor, Evaluation] | None = None  # x, y and the evaluation at the present weights
-        self._sampler: Sampler | None = None
-        self._phi: Tensor | None = None
-        self._raised = 1.0  # the damping on samples, in units of the recipe's
+        self._sampled = SampledSteps(recipe, objective, self._choice)
         self._output = output_layer(objective) if recipe.eliminate_output else None
 
     # -- the step ------------------------------------------------------------------------------------------------------
@@ -74,7 +70,9 @@ class LevenbergMarquardt:
     def step(self, batch: Batch) -> Metrics:
         recipe = self._recipe
         if recipe.sample_rows is not None and (recipe.sample_steps is None or self._step < recipe.sample_steps):
-            return self._sampled_step(batch, recipe.sample_rows)
+            figures, solver = self._sampled.step(batch, self._step)
+            self._step, self._known, self.words = self._step + 1, None, {"solver": solver}
+            return _metrics(figures)
         start = self._start(batch)
         s = self._objective.residual(start, batch)
         began = time.perf_counter()
@@ -96,66 +94,6 @@ class LevenbergMarquardt:
             "predicted_seconds": made.estimate.seconds,
             "solve_seconds": spent,
         })  # fmt: skip
-
-    def _sampled_step(self, batch: Batch, num_rows: int) -> Metrics:
-        """(14) and (15) of SPRING on some rows."""
-        objective, recipe = self._objective, self._recipe
-        if self._sampler is None or self._sampler.batch is not batch:
-            outputs = objective.plan(batch).num_outputs
-            total = torch.tensor([len(batch)], dtype=torch.float64)
-            self.group.sum_(total)
-            self._sampler = Sampler(batch, int(total), self.group, rows=num_rows, outputs=outputs, seed=recipe.seed)
-        rows = self._sampler.rows(self._step)
-        at = objective.evaluate(rows)
-        s = objective.residual(at, rows)
-        if not math.isfinite(at.total):
-            raise DidNotSolve(
-                f"the loss is not finite at step {self._step}: a step on a sample was too long; raise damping or "
-                "sample_rows, or lower lr"
-            )
-        made = self._choice.linearise(rows, at, s, None, step=self._step, tolerance=1.0)
-        self.words = {"solver": made.estimate.solver}
-        began = time.perf_counter()
-        rest = s
-        if recipe.momentum and self._phi is not None:
-            rest = s - recipe.momentum * made.system.image(self._phi)
-        lr = rate(self._step, recipe.lr, recipe.sample_steps)
-        origin = objective.weights
-        for rejected in range(recipe.max_retries + 1):  # noqa: B007
-            damping = self._raised * (recipe.damping or DAMPING) * made.unit
-            direction = made.system.solve(rest, damping)
-            before = 0.0 if self._phi is None or not recipe.momentum else recipe.momentum * self._phi
-            phi = before + direction.step
-            move = lr * averaged(phi, recipe.momentum, self._step + 1)
-            objective.move_((origin.double() - move.double()).to(objective.dtype))
-            if not recipe.adapt:
-                break
-            ratio = self._ratio(rows, at, s, made.system.image(move))
-            if ratio > 0:
-                self._raised = max(1.0, self._raised / EASE) if ratio > 0.75 else self._raised
-                self._raised *= RAISE if ratio < 0.25 else 1.0
-                break
-            self._raised *= RAISE
-            objective.move_(origin)
-        self._phi = phi if recipe.momentum else None
-        self._choice.note(made.estimate.solver, direction.solved.iterations, damping)
-        self._step += 1
-        self._known = None
-        return _metrics({
-            "loss": at.total / at.rows,
-            "damping": damping / made.unit if made.unit > 0 else 0.0,
-            "rejected": float(rejected),
-            "iterations": float(direction.solved.iterations),
-            "linear_residual": direction.solved.residual,
-            "predicted_seconds": made.estimate.seconds,
-            "solve_seconds": time.perf_counter() - began,
-        })  # fmt: skip
-
-    def _ratio(self, rows: Batch, at: Evaluation, s: Tensor, moved: Tensor) -> float:
-        """The fall of the sample's loss over the predicted one; nan where either is not to be had."""
-        promised = self._promised(s, moved)
-        there = self._objective.evaluate(rows)
-        return (at.total - there.total) / promised if promised > 0 and math.isfinite(there.total) else math.nan
 
     def _start(self, batch: Batch) -> Evaluation:
         if self._known is not None and self._known[0] is batch.x and self._known[1] is batch.y:
@@ -195,7 +133,8 @@ class LevenbergMarquardt:
         taken = trial.at is not None and (trial.ratio > 0 or not self._recipe.adapt)
         if taken and trial.at is not None:
             end = trial.at
-            self._contraction = math.sqrt(end.total / start.total) if start.total > 0 else 0.0
+            # A loss of the user's own may be negative, and then says nothing of |s|.
+            self._contraction = math.sqrt(end.total / start.total) if start.total > 0 and end.total >= 0 else 1.0
             if self._recipe.adapt:
                 self._damping = max(least, self._damping * max(1 / 3, 1 - (2 * trial.ratio - 1) ** 3))  # (4)
                 self._growth = 2.0
@@ -227,7 +166,7 @@ class LevenbergMarquardt:
         """Move the model along the direction, corrected, and look at the loss there."""
         objective = self._objective
         nowhere = Trial(None, origin, math.nan)
-        promised = self._promised(s, direction.moved)
+        promised = objective.promised(s, direction.moved)
         if not math.isfinite(promised) or not promised > 0 or not bool(direction.step.isfinite().all()):
             return nowhere
         weights = origin.double() - direction.step.double()
@@ -242,13 +181,6 @@ class LevenbergMarquardt:
         found = objective.evaluate(batch)
         ratio = (start.total - found.total) / promised if math.isfinite(found.total) else math.nan
         return Trial(found, weights, ratio)
-
-    def _promised(self, s: Tensor, moved: Tensor) -> float:
-        """The fall of (1): 1/2 (|s|^2 - |s - J d|^2), without cancellation and for an inexact d too."""
-        s, moved = s.double(), moved.double()
-        found = (moved @ (2 * s - moved)).reshape(1) / 2
-        self.group.sum_(found)
-        return float(found)
 
     def _geodesic(self, made: Linearised) -> bool:
         asked = self._recipe.geodesic
@@ -295,9 +227,8 @@ class LevenbergMarquardt:
             "damping": -1.0 if self._damping is None else self._damping,
             "growth": self._growth,
             "contraction": self._contraction,
-            "raised": self._raised,
             "choice": self._choice.state(),
-            **({} if self._phi is None else {"phi": self._phi.clone()}),
+            "sampled": self._sampled.state(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -305,10 +236,9 @@ class LevenbergMarquardt:
             raise BadInput("this state is not of gauss-newton: it has no choice of a solver")
         self._step, self._growth = int(state["step"]), float(state["growth"])
         self._damping = None if float(state["damping"]) < 0 else float(state["damping"])
-        self._contraction, self._raised = float(state["contraction"]), float(state["raised"])
+        self._contraction = float(state["contraction"])
         self._choice.go_on(state["choice"])
-        phi = state.get("phi")
-        self._phi = None if phi is None else phi.to(self._objective.device, self._objective.dtype, copy=True)
+        self._sampled.go_on(state["sampled"])
         self._known = None
 
 

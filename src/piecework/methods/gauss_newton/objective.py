@@ -14,10 +14,7 @@ from ...group import Group
 from ...losses import CurvedLoss, Loss
 from ...training import BadInput, Batch, CannotTrain
 from ..parameters import coupled_layers, packed, random_layers, start_from_rank_0, trainable, unpack_
-from .capture import Plan, capture, values_of
-from .jacobian import Jacobian, concatenate
-from .planning import PROBE_ROWS, plan
-from .products import MatrixFree
+from .jacobian import PROBE_ROWS, Jacobian, MatrixFree, Plan, capture, concatenate, plan, values_of
 
 CURVATURE = ("residual", "root_mv", "root_t_mv")
 
@@ -91,6 +88,14 @@ class LeastSquares:
     def residual(self, at: Evaluation, batch: Batch) -> Tensor:
         """s (N,), this rank's."""
         return self.loss.residual(at.z, batch.y.to(self.device)).reshape(-1)
+
+    def promised(self, s: Tensor, moved: Tensor) -> float:
+        """The fall of the quadratic model, 1/2 (|s|^2 - |s - J d|^2) over all ranks' rows, from this rank's J d;
+        without cancellation, and for an inexact d too. Collective."""
+        s, moved = s.double(), moved.double()
+        found = (moved @ (2 * s - moved)).reshape(1) / 2
+        self.group.sum_(found)
+        return float(found)
 
     def root_t(self, at: Evaluation, batch: Batch, moved: Tensor) -> Tensor:
         """B^T of a move of the outputs (n, k): (N,)."""

@@ -6,17 +6,131 @@
 phi_t is the minimum of |J phi - s|^2 + damping |phi - mu phi_{t-1}|^2 over the sampled rows.
 
 Differs from the paper
-1. The damping is relative to the mean diagonal of K of each sample, so that a smaller last one is treated alike.
+1. The damping is relative to the mean diagonal of K of each sample, so that a smaller last one is treated alike. It is
+   raised where the loss on the sample rises or falls by less than a quarter of what is promised, and eased again.
 2. Without momentum, the default, large steps are possible: the rate starts at 1 and falls linearly.
 """
 
 from __future__ import annotations
 
+import math
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
 from torch import Tensor
 
 from ...batches import MiniBatches
 from ...group import Group
-from ...training import BadInput, Batch
+from ...training import BadInput, Batch, DidNotSolve
+from .choice import DAMPING, Choice, Linearised
+from .objective import Evaluation, LeastSquares
+
+if TYPE_CHECKING:
+    from . import GaussNewton
+
+RAISE, EASE = 3.0, 2.0
+"""Factors of the damping after a step that the sample refutes, and after one that it confirms."""
+MOST_RAISE = 1e12
+"""In units of the recipe's damping."""
+
+
+class SampledSteps:
+    """SPRING at work: the previous step, how far the damping is raised, and which rows come next."""
+
+    def __init__(self, recipe: GaussNewton, objective: LeastSquares, choice: Choice) -> None:
+        self._recipe, self._objective, self._choice = recipe, objective, choice
+        self._sampler: Sampler | None = None
+        self._phi: Tensor | None = None
+        self._raised = 1.0
+
+    def step(self, batch: Batch, number: int) -> tuple[dict[str, float], str]:
+        """Move the model; the figures of step 0, 1, ... and the solver that it took. Collective."""
+        objective = self._objective
+        rows = self._rows(batch, number)
+        at = objective.evaluate(rows)
+        if not math.isfinite(at.total):
+            raise DidNotSolve(
+                f"the loss is not finite at step {number}: a step on a sample was too long; raise damping or "
+                "sample_rows, or lower lr"
+            )
+        s = objective.residual(at, rows)
+        made = self._choice.linearise(rows, at, s, None, step=number, tolerance=1.0)
+        began = time.perf_counter()
+        figures = self._search(rows, at, s, made, number)
+        return {
+            "loss": at.total / at.rows,
+            **figures,
+            "predicted_seconds": made.estimate.seconds,
+            "solve_seconds": time.perf_counter() - began,
+        }, made.estimate.solver
+
+    def _rows(self, batch: Batch, number: int) -> Batch:
+        recipe, objective = self._recipe, self._objective
+        assert recipe.sample_rows is not None
+        if self._sampler is None or self._sampler.batch is not batch:
+            total = torch.tensor([len(batch)], dtype=torch.float64)
+            objective.group.sum_(total)
+            self._sampler = Sampler(
+                batch,
+                int(total),
+                objective.group,
+                rows=recipe.sample_rows,
+                outputs=objective.plan(batch).num_outputs,
+                seed=recipe.seed,
+            )
+        return self._sampler.rows(number)
+
+    def _search(self, rows: Batch, at: Evaluation, s: Tensor, made: Linearised, number: int) -> dict[str, float]:
+        """Take the step, where the recipe adapts with a damping at which the loss of the sample falls."""
+        objective, recipe, mu = self._objective, self._recipe, self._recipe.momentum
+        before = self._phi if mu and self._phi is not None else torch.zeros((), device=objective.device)
+        rest = s - mu * made.system.image(before) if before.dim() else s
+        lr, origin = rate(number, recipe.lr, recipe.sample_steps), objective.weights
+        rejected, ratio = 0, math.nan
+        while True:
+            damping = self._raised * (recipe.damping or DAMPING) * made.unit
+            direction = made.system.solve(rest, damping)
+            phi = mu * before + direction.step
+            move = lr * averaged(phi, mu, number + 1)
+            objective.move_((origin.double() - move.double()).to(objective.dtype))
+            if recipe.adapt:
+                ratio = self._ratio(rows, at, s, made.system.image(move))
+            if ratio > 0 or not recipe.adapt:
+                self._phi = phi if mu else None
+                break
+            self._raised = min(MOST_RAISE, self._raised * RAISE)
+            if rejected == recipe.max_retries:
+                objective.move_(origin)
+                self._phi = None
+                break
+            rejected += 1
+        if ratio > 0.75:
+            self._raised = max(1.0, self._raised / EASE)
+        elif 0 < ratio < 0.25:
+            self._raised = min(MOST_RAISE, self._raised * RAISE)
+        self._choice.note(made.estimate.solver, direction.solved.iterations, damping)
+        return {
+            "damping": damping / made.unit if made.unit > 0 else 0.0,
+            **({"gain_ratio": ratio} if recipe.adapt else {}),
+            "rejected": float(rejected),
+            "iterations": float(direction.solved.iterations),
+            "linear_residual": direction.solved.residual,
+        }
+
+    def _ratio(self, rows: Batch, at: Evaluation, s: Tensor, moved: Tensor) -> float:
+        """The fall of the sample's loss over the promised one; nan where either is not to be had."""
+        promised = self._objective.promised(s, moved)
+        there = self._objective.evaluate(rows)
+        return (at.total - there.total) / promised if promised > 0 and math.isfinite(there.total) else math.nan
+
+    def state(self) -> dict[str, Any]:
+        return {"raised": self._raised, **({} if self._phi is None else {"phi": self._phi.clone()})}
+
+    def go_on(self, state: Mapping[str, Any]) -> None:
+        self._raised, phi = float(state["raised"]), state.get("phi")
+        self._phi = None if phi is None else phi.to(self._objective.device, self._objective.dtype, copy=True)
 
 
 class Sampler:

@@ -8,8 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from ...solvers.precondition import Preconditioner, nystrom, rpcholesky, sampled, sketched
-from .factors import Factors
-from .jacobian import Jacobian
+from .jacobian import Factors, Jacobian
 from .systems import Sharded
 
 Sketch = Literal["units", "tensorsketch", "tensor-srht", "count", "sparse-sign", "srht"]

@@ -18,11 +18,7 @@ from ...group import Group
 from ...solvers import Solved
 from ...solvers.damped import DampedGram, pcg
 from ...solvers.precondition import Preconditioner
-from .jacobian import Jacobian
-from .products import MatrixFree
-
-SVD_COLUMNS = 1024
-"""Up to so many parameters one SVD of the triangle serves all dampings; above it is a QR for each."""
+from .jacobian import Jacobian, MatrixFree
 
 
 @dataclass(frozen=True)
@@ -139,62 +135,59 @@ class SampleSpace:
 
 
 class ParameterSpaceQR:
-    """R of QR of [J, s] tile by tile, then of all ranks' triangles: the condition of J is never squared for v = s.
+    """R of QR of [J, s] tile by tile, then of all ranks' triangles; and for each damping QR of [R; sqrt(damping) I].
 
-    An SVD of R (P, P) then serves every damping; above 1024 parameters it is a QR of [R; sqrt(damping) I] for each.
-    Other right-hand sides than s enter by J^T v."""
+    The condition of J is never squared for v = s; other right-hand sides enter by J^T v and one refinement."""
 
     def __init__(self, jacobian: Jacobian, s: Tensor, group: Group) -> None:
-        self._rows, self._s = Sharded(jacobian, group), s
-        triangle = s.new_zeros(0, jacobian.num_columns + 1, dtype=torch.float64)
+        self._rows, self._s, self._p = Sharded(jacobian, group), s, jacobian.num_columns
+        triangle = s.new_zeros(0, self._p + 1, dtype=torch.float64)
         for start, rows in jacobian.tiles():
             stop = start + len(rows)
             triangle = stacked_triangle(torch.cat([triangle, torch.cat([rows, s[start:stop, None]], 1).double()]))
         if group.size > 1:
             triangle = stacked_triangle(torch.cat(group.gather(triangle)))
-        self._p = jacobian.num_columns
-        self._triangle, self._image = triangle[: self._p, : self._p], triangle[: self._p, self._p]
-        self._svd: tuple[Tensor, Tensor, Tensor] | None = None
-        if self._p <= SVD_COLUMNS:
-            self._svd = torch.linalg.svd(self._triangle, full_matrices=False)
+        self._triangle = triangle
+        self._damped: tuple[float, Tensor] | None = None
 
     def solve(self, v: Tensor, damping: float) -> Direction:
-        main = v is self._s
-        image = self._image if main else self._rows.t_mv(v).double()
-        if self._svd is not None:
-            u, values, vt = self._svd
-            scaled = values * (u.t() @ image) if main else vt @ image
-            step = vt.t() @ torch.where(values > 0, scaled / (values.square() + damping), torch.zeros_like(values))
-            moved = self._rows.operator.mv(step.to(v.dtype))
-            return Direction(step.to(v.dtype), moved, _checked(self, step, image, damping, main))
-        eye = math.sqrt(damping) * torch.eye(self._p, dtype=torch.float64, device=image.device)
-        r = torch.linalg.qr(torch.cat([self._triangle, eye]), mode="r").R
-        right = self._triangle.t() @ image if main else image
-        step = _seminormal(r, right)
-        rest = right - (self._triangle.t() @ (self._triangle @ step) + damping * step)
-        step = step + _seminormal(r, rest)
+        both = self._factor(damping)
+        r = both[: self._p, : self._p]
+        if v is self._s:
+            right = self._triangle[: self._p, : self._p].t() @ self._triangle[: self._p, self._p]
+            step = _back(r, both[: self._p, self._p])
+        else:
+            right = self._rows.t_mv(v).double()
+            step = _seminormal(r, right)
+            step = step + _seminormal(r, right - self._normal(step, damping))
+        norm = float(torch.linalg.vector_norm(right))
+        rest = float(torch.linalg.vector_norm(self._normal(step, damping) - right))
+        fine = bool(torch.isfinite(step).all())
+        reason = "" if fine else "the step holds values that are not finite; raise the damping"
+        solved = Solved(step, reason, 1, (rest / norm if norm else 0.0) if fine else math.inf)
         moved = self._rows.operator.mv(step.to(v.dtype))
-        return Direction(step.to(v.dtype), moved, _checked(self, step, image, damping, main))
+        return Direction(step.to(v.dtype), moved, solved)
+
+    def _factor(self, damping: float) -> Tensor:
+        """R of QR of [R, Q^T s; sqrt(damping) I, 0], (P + 1, P + 1)."""
+        if self._damped is None or self._damped[0] != damping:
+            eye = torch.eye(self._p, self._p + 1, dtype=torch.float64, device=self._triangle.device)
+            self._damped = (damping, stacked_triangle(torch.cat([self._triangle, math.sqrt(damping) * eye])))
+        return self._damped[1]
+
+    def _normal(self, step: Tensor, damping: float) -> Tensor:
+        """(J^T J + damping I) step."""
+        triangle = self._triangle[: self._p, : self._p]
+        return triangle.t() @ (triangle @ step) + damping * step
 
     def image(self, w: Tensor) -> Tensor:
         return self._rows.operator.mv(w)
 
     def effective_dimension(self, damping: float) -> float | None:
-        if self._svd is None:
-            return None
-        squares = self._svd[1].square()
-        return float((squares / (squares + damping)).sum())
-
-
-def _checked(system: ParameterSpaceQR, step: Tensor, image: Tensor, damping: float, main: bool) -> Solved:
-    """The relative residual of the normal equations."""
-    triangle = system._triangle
-    right = triangle.t() @ image if main else image
-    rest = triangle.t() @ (triangle @ step) + damping * step - right
-    norm = float(torch.linalg.vector_norm(right))
-    if not bool(torch.isfinite(step).all()):
-        return Solved(step, "the step holds values that are not finite; raise the damping", 1, math.inf)
-    return Solved(step, "", 1, float(torch.linalg.vector_norm(rest)) / norm if norm else 0.0)
+        """P - damping |R^-1|^2 of the damped triangle."""
+        r = self._factor(damping)[: self._p, : self._p]
+        inverse = _back(r, torch.eye(self._p, dtype=torch.float64, device=r.device))
+        return max(0.0, self._p - damping * float(inverse.square().sum()))
 
 
 def stacked_triangle(rows: Tensor) -> Tensor:
@@ -205,10 +198,16 @@ def stacked_triangle(rows: Tensor) -> Tensor:
     return r
 
 
+def _back(r: Tensor, right: Tensor) -> Tensor:
+    """r^-1 right, (P,) or (P, k)."""
+    found: Tensor = torch.linalg.solve_triangular(r, right.reshape(len(right), -1), upper=True)
+    return found.reshape(right.shape)
+
+
 def _seminormal(r: Tensor, right: Tensor) -> Tensor:
-    half = torch.linalg.solve_triangular(r.t(), right[:, None], upper=False)
-    whole: Tensor = torch.linalg.solve_triangular(r, half, upper=True)
-    return whole[:, 0]
+    """(r^T r)^-1 right."""
+    half: Tensor = torch.linalg.solve_triangular(r.t(), right[:, None], upper=False)
+    return _back(r, half[:, 0])
 
 
 class ParameterSpace:

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ...training import BadInput, CannotTrain, stream
-from ..parameters import coupled_layers, random_layers, trainable
+from ....training import BadInput, CannotTrain, stream
+from ...parameters import coupled_layers, random_layers, trainable
 from .blocks import Block, Rows
 from .capture import Calls, Layer, Plan, backward, block_of, outputs_of, recorded, tolerance
 from .factors import Lookup, Outer

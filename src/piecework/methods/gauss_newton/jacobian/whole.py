@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...group import Group
-from ...training import BadInput, stream
+from ....group import Group
+from ....training import BadInput, stream
 from . import blocks as block_rows
 from .blocks import TILE, Block, Kind, check_kind, mirror_
 from .factors import Factors

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from ...training import BadInput, CannotTrain
+from ....training import BadInput, CannotTrain
 from .blocks import Block, Rows
 from .factors import Lookup, Outer
-from .jacobian import Jacobian
 from .layer_kinds import LayerKind, inputs, outputs
 from .rows import CHUNK_BYTES, RowsBy, sample_rows
+from .whole import Jacobian
 
 Seeds = Callable[[Tensor], Sequence[Tensor]]
 """z (n, k) -> the columns of the curvature root: C tensors (n, k)."""

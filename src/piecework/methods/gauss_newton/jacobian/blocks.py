@@ -15,8 +15,8 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-from ...solvers import sketch
-from ...training import BadInput
+from ....solvers import sketch
+from ....training import BadInput
 
 Kind = Literal["count", "sparse-sign", "srht", "tensorsketch", "tensor-srht"]
 """Which sketch; the last two are for outer products, and mean `sparse-sign` in a block that has none."""

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
-from ...training import BadInput, CannotTrain, stream
-from ..parameters import packed, trainable
+from ....training import BadInput, CannotTrain, stream
+from ...parameters import packed, trainable
 from .capture import outputs_of, tolerance
 
 Root = Callable[[Tensor, slice], Tensor]

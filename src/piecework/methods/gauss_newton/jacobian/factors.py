@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ...solvers import sketch
-from ...training import BadInput
+from ....solvers import sketch
+from ....training import BadInput
 from .blocks import Block, Kind, check_kind, spans
 
 F = TypeVar("F", bound="Factors")

@@ -22,7 +22,7 @@ import report
 from piecework import Batch, CannotTrain, GaussNewton, Solo, losses
 from piecework.methods.gauss_newton.choice import Choice, Linearised
 from piecework.methods.gauss_newton.cost import Estimate, Rates, Shape, Solver, estimates, measured
-from piecework.methods.gauss_newton.objective import Evaluation, LeastSquares
+from piecework.methods.gauss_newton.objective import LeastSquares, Point
 from piecework.models import mlp
 
 FEATURES = 16
@@ -37,9 +37,7 @@ class Problem:
     """A network at its start with random targets: the residuals have components along all of K."""
 
     objective: LeastSquares
-    batch: Batch
-    at: Evaluation
-    s: Tensor
+    point: Point
 
     @classmethod
     def of(
@@ -51,8 +49,7 @@ class Problem:
         model = mlp(features, hidden, 1, activation=activation, seed=0).to(dtype)
         batch = Batch(x.to(dtype), y.to(dtype))
         objective = LeastSquares(model, losses.Squared(), Solo(), tile=4096)
-        at = objective.evaluate(batch)
-        return cls(objective, batch, at, objective.residual(at, batch))
+        return cls(objective, objective.point(batch))
 
 
 @dataclass(frozen=True)
@@ -69,8 +66,8 @@ class Took:
 def solve(problem: Problem, choice: Choice, *, tolerance: float = TOLERANCE, damping: float) -> Took:
     """One system; damping: relative."""
     began = time.perf_counter()
-    made = choice.linearise(problem.batch, problem.at, problem.s, None, step=0, tolerance=tolerance)
-    direction = made.system.solve(problem.s, damping * made.unit)
+    made = choice.linearise(problem.point, None, step=0, tolerance=tolerance)
+    direction = made.system.solve(problem.point.s, damping * made.unit)
     seconds = time.perf_counter() - began
     return Took(made, seconds, direction.solved.iterations, direction.solved.residual, direction.step)
 
@@ -187,14 +184,14 @@ def _stated(problem: Problem, solver: Solver, damping: float) -> tuple[Tensor, f
 
 def _naive(problem: Problem, damping: float) -> tuple[Tensor, float]:
     """Cholesky of K in float32, as one would write it; nan where it fails."""
-    j = problem.objective.jacobian(problem.batch)
+    j = problem.objective.jacobian(problem.point.batch)
     gram = j.gram()
     gram.diagonal().add_(damping * float(j.diagonal().mean()))
     factor, info = torch.linalg.cholesky_ex(gram)
     if int(info):
         return torch.full((j.num_columns,), math.nan), math.nan
-    g = torch.cholesky_solve(problem.s[:, None], factor)[:, 0]
-    return j.t_mv(g), float((gram @ g - problem.s).norm() / problem.s.norm())
+    g = torch.cholesky_solve(problem.point.s[:, None], factor)[:, 0]
+    return j.t_mv(g), float((gram @ g - problem.point.s).norm() / problem.point.s.norm())
 
 
 def main() -> None:

@@ -117,12 +117,10 @@ def _solved(case: str, num: int, **settings: Any) -> tuple[Tensor, Any, float]:
     """s, the direction and the damping of the first system."""
     batch = rows(num, case)
     training = bind(network(OUTPUTS[case]), named(case), **settings)
-    objective = training._objective
-    at = objective.evaluate(batch)
-    s = objective.residual(at, batch)
-    made = training._choice.linearise(batch, at, s, None, step=0, tolerance=settings.get("inner_tolerance", 1e-2))
+    point = training._objective.point(batch)
+    made = training._choice.linearise(point, None, step=0, tolerance=settings.get("inner_tolerance", 1e-2))
     damping = 1e-3 * made.unit
-    return s, made.system.solve(s, damping), damping
+    return point.s, made.system.solve(point.s, damping), damping
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

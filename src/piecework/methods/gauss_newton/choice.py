@@ -11,17 +11,21 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 import torch
 from torch import Tensor
 
-from ...training import Batch, CannotTrain, DidNotSolve, stream
+from ...solvers.precondition import Preconditioner
+from ...training import CannotTrain, DidNotSolve, stream
 from .cost import Estimate, Rates, Shape, Solver, estimates, measured
 from .jacobian import Jacobian, Plan, predicted_bytes
-from .objective import Evaluation, LeastSquares
+from .objective import LeastSquares, Point
 from .sketches import low_rank, nystrom_of, sketch_of, widest
-from .systems import Krylov, ParameterSpace, ParameterSpaceQR, SampleSpace, Sharded, System, Tiles
+from .systems import Krylov, ParameterSpace, ParameterSpaceQR, SampleSpace, Sharded, System
 
 if TYPE_CHECKING:
     from . import GaussNewton
 
 SOLVERS = get_args(Solver)
+DIRECT = ("exact", "qr", "cholesky")
+MOST_NYSTROM = 512
+"""Rank of a Nystrom preconditioner: each is a product."""
 SMALL = 0.02
 """Seconds: a direct solver that is predicted to take less is taken without looking further."""
 MEMORY = 0.75
@@ -92,30 +96,30 @@ class Choice:
         if solver in ("cg", "rpchol", "nystrom", "sketch"):
             self._known[solver] = (float(iterations), damping)
 
-    def linearise(
-        self, batch: Batch, at: Evaluation, s: Tensor, damping: float | None, *, step: int, tolerance: float
-    ) -> Linearised:
-        """The system at the present weights for this rank's residuals s. Collective.
+    def linearise(self, point: Point, damping: float | None, *, step: int, tolerance: float) -> Linearised:
+        """The system at the model's present weights. Collective.
 
         damping: absolute; None for that of the start, which is relative; tolerance: of iterative solvers, where the
-        recipe's is not smaller. Raises CannotTrain where no solver fits into
-        memory."""
-        objective, plan = self._objective, self._objective.plan(batch)
-        outputs = at.z.shape[1]
+        recipe's is not smaller. Raises CannotTrain where no solver fits into memory, DidNotSolve where derivatives are
+        not finite."""
+        objective, plan = self._objective, self._objective.plan(point.batch)
         rates, limit = self._means()
-        factors = predicted_bytes(plan, at.rows, outputs) <= limit / 2
-        jacobian = objective.jacobian(batch) if factors else None
-        unit = self._unit(jacobian, batch, at, s)
+        factors = predicted_bytes(plan, point.at.rows, point.at.z.shape[1]) <= limit / 2
+        jacobian = objective.jacobian(point.batch) if factors else None
+        unit = self._unit(jacobian, point)
         if not math.isfinite(unit):
             raise DidNotSolve(
                 f"the derivatives of the network's outputs are not finite at step {step}; look for infinite features, "
                 "or scale the features or the start weights down"
             )
         damping = (self._recipe.damping or DAMPING) * unit if damping is None else damping
-        shape = self._shape(plan, at, jacobian, tolerance, factors)
-        estimate = self._pick(shape, jacobian, unit, damping, step, rates, limit)
+        shape = self._shape(plan, point, jacobian, tolerance)
+        estimate = self._pick(shape, jacobian, damping, unit, step, rates, limit)
         near = self._tolerance(estimate.solver == "cg", tolerance)
-        system = self._make(estimate.solver, shape, jacobian, batch, at, s, damping, unit, step, near)
+        if jacobian is not None and estimate.solver in DIRECT:
+            system = self._direct(estimate.solver, jacobian, point.s, near, single=damping >= SINGLE * unit)
+        else:
+            system = self._iterative(estimate.solver, jacobian, point, shape, damping, step, near)
         return Linearised(system, estimate, unit)
 
     def _means(self) -> tuple[Rates, float]:
@@ -131,29 +135,26 @@ class Choice:
             self._machine = (Rates(*map(float, rates.tolist())), least)
         return self._machine
 
-    def _unit(self, jacobian: Jacobian | None, batch: Batch, at: Evaluation, s: Tensor) -> float:
+    def _unit(self, jacobian: Jacobian | None, point: Point) -> float:
         """tr K / N; from products alone by an estimate, |J^T v|^2 for random signs v, equal on any number of ranks."""
-        group, n = self._objective.group, at.rows * at.z.shape[1]
+        group = self._objective.group
         if jacobian is not None:
             trace = jacobian.diagonal().double().sum().reshape(1)
             group.sum_(trace)
-            return float(trace) / n
-        rows = Sharded(Tiles(self._objective.products(batch, at), self._objective.num_columns), group)
+            return float(trace) / point.num_rows
+        rows = Sharded(self._objective.products(point), group)
         signs = torch.randint(0, 2, (TRACE_PROBES, rows.num_rows), generator=stream(self._recipe.seed)).mul(2).sub(1)
-        images = [rows.t_mv(v[rows.own]).double() for v in signs.to(s)]
-        return sum(float(image.square().sum()) for image in images) / (TRACE_PROBES * n)
+        images = [rows.t_mv(v[rows.own]).double() for v in signs.to(point.s)]
+        return sum(float(image.square().sum()) for image in images) / (TRACE_PROBES * point.num_rows)
 
-    def _shape(self, plan: Plan, at: Evaluation, jacobian: Jacobian | None, tolerance: float, factors: bool) -> Shape:
-        width = sum(layer.units + layer.inputs for layer in plan.layers) + sum(
-            plan.sizes[plan.names.index(name)] for name in plan.rows
-        )
-        n, p = at.rows * at.z.shape[1], plan.num_parameters
+    def _shape(self, plan: Plan, point: Point, jacobian: Jacobian | None, tolerance: float) -> Shape:
+        n, p = point.num_rows, plan.num_parameters
         return Shape(
             rows=n,
             columns=p,
-            outputs=at.z.shape[1],
-            width=jacobian.width if jacobian is not None else width,
-            factors=factors,
+            outputs=point.at.z.shape[1],
+            width=jacobian.width if jacobian is not None else p,
+            factors=jacobian is not None,
             double=plan.dtype == torch.float64,
             inputs=widest(jacobian) if jacobian is not None else max(1, p),
             dimension=self._dimension or min(n, p) / 4,
@@ -170,8 +171,8 @@ class Choice:
         self,
         shape: Shape,
         jacobian: Jacobian | None,
-        unit: float,
         damping: float,
+        unit: float,
         step: int,
         rates: Rates,
         limit: float,
@@ -236,43 +237,38 @@ class Choice:
         self._condition = (largest + damping) / damping if damping > 0 else 1e16
         return Shape(**{**shape.__dict__, "dimension": self._dimension, "condition": self._condition})
 
-    def _make(
+    def _direct(self, solver: Solver, jacobian: Jacobian, s: Tensor, tolerance: float, *, single: bool) -> System:
+        group = self._objective.group
+        if solver == "qr":
+            return ParameterSpaceQR(jacobian, s, group)
+        if solver == "cholesky":
+            return ParameterSpace(jacobian, group, tolerance=tolerance)
+        return SampleSpace(jacobian, group, tolerance=tolerance, single=single)
+
+    def _iterative(
         self,
         solver: Solver,
-        shape: Shape,
         jacobian: Jacobian | None,
-        batch: Batch,
-        at: Evaluation,
-        s: Tensor,
+        point: Point,
+        shape: Shape,
         damping: float,
-        unit: float,
         step: int,
         tolerance: float,
     ) -> System:
-        group, recipe = self._objective.group, self._recipe
-        if solver == "qr":
-            assert jacobian is not None
-            return ParameterSpaceQR(jacobian, s, group)
-        if solver == "cholesky":
-            assert jacobian is not None
-            return ParameterSpace(jacobian, group, tolerance=tolerance, dtype=torch.float64)
-        if solver == "exact":
-            assert jacobian is not None
-            return SampleSpace(jacobian, group, tolerance=tolerance, single=damping >= SINGLE * unit)
-        operator = jacobian or Tiles(self._objective.products(batch, at), self._objective.num_columns)
+        recipe, seed = self._recipe, self._recipe.seed + step
 
-        def preconditioner(rows: Sharded) -> Any:
+        def preconditioner(rows: Sharded) -> Preconditioner:
             if solver == "nystrom":
-                rank = max(1, min(rows.num_rows // 2, math.ceil(2 * shape.dimension), 512))
-                return nystrom_of(rows, s, rank, recipe.seed + step)
+                rank = max(1, min(rows.num_rows // 2, math.ceil(2 * shape.dimension), MOST_NYSTROM))
+                return nystrom_of(rows, point.s, rank, seed)
             assert jacobian is not None
             if solver == "rpchol":
-                return low_rank(jacobian, rows, damping, recipe.seed + step)
-            return sketch_of(jacobian, rows, recipe.sketch, recipe.sketch_rows, recipe.seed + step)
+                return low_rank(jacobian, rows, damping, seed)
+            return sketch_of(jacobian, rows, recipe.sketch, recipe.sketch_rows, seed)
 
         return Krylov(
-            operator,
-            group,
+            jacobian or self._objective.products(point),
+            self._objective.group,
             tolerance=tolerance,
             max_iterations=recipe.inner_iterations,
             preconditioner=None if solver == "cg" else preconditioner,

@@ -59,10 +59,10 @@ class Faithful:
     def step(self, batch: Batch) -> Metrics:
         objective = self._objective
         eps0 = self._accuracy(batch.x)
-        at = objective.evaluate(batch)
-        r = objective.residual(at, batch).double() / math.sqrt(2.0)
-        jacobian = objective.jacobian(batch)
+        point = objective.point(batch)
         scale = math.sqrt(2.0)  # the residuals of the squared loss are sqrt(2) (f - y)
+        r = point.s.double() / scale
+        jacobian = objective.jacobian(batch)
         per_row = max(self._recipe.sketch_rows, PUBLISHED_ROWS)
         num = math.ceil(per_row * len(r))
         features = jacobian.features("srht", num, self._recipe.seed + self._step).double() / scale
@@ -77,12 +77,12 @@ class Faithful:
                 f"gauss-newton with faithful=True: the descent left a relative residual of {solved.residual:.1e} after "
                 f"{solved.iterations} iterations with {per_row:g} sketch rows a sample; raise sketch_rows"
             )
-        objective.move_((objective.weights.double() - jacobian.t_mv(solved.x).double() / scale).to(objective.dtype))
+        objective.move_((point.weights.double() - jacobian.t_mv(solved.x).double() / scale).to(objective.dtype))
         end = objective.evaluate(batch)
         self._step += 1
         values = {
             "loss": end.total / end.rows,
-            "contraction": math.sqrt(end.total / at.total) if at.total > 0 else 0.0,
+            "contraction": math.sqrt(end.total / point.at.total) if point.at.total > 0 else 0.0,
             "iterations": float(solved.iterations),
             "linear_residual": solved.residual,
             "inner_tolerance": eps0,

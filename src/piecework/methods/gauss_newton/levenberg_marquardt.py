@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from ...training import BadInput, Batch, DidNotSolve, Metrics
-from .choice import DAMPING, Choice, Linearised
+from .choice import DAMPING, DIRECT, Choice, Linearised
 from .elimination import eliminate_, output_layer
-from .objective import Evaluation, LeastSquares
+from .objective import Evaluation, LeastSquares, Point
 from .sampled import SampledSteps
 from .systems import Direction
 
@@ -25,24 +24,16 @@ GEODESIC_PROBE = 0.1
 """Of the step: how far the residuals are looked at for their second derivative."""
 GEODESIC_LIMIT = 0.75
 """Of 2 |a| / |d|: where the correction is longer, the quadratic model of the path is not to be trusted."""
+HIDDEN = 30.0
+"""Roundings of the outputs below which their bend is not to be seen."""
 LEAST_DAMPING = {torch.float64: 1e-18, torch.float32: 1e-12}
 """Relative to the mean diagonal of K."""
 MOST_DAMPING = 1e18
 """Relative too: a step is then less than rounding, and stalls one after the other do not overflow."""
-DIRECT = ("exact", "qr", "cholesky")
 DEAR_RETRIES = ("cg", "rpchol", "nystrom")
 """Solvers for which a damping that proves too small costs many products."""
 CAREFUL_DAMPING = 1.0
 """Relative damping at the start for those."""
-
-
-@dataclass(frozen=True)
-class Trial:
-    """Where a direction leads. ratio: the fall of the loss over the predicted one, nan where it was not tried."""
-
-    at: Evaluation | None
-    weights: Tensor
-    ratio: float
 
 
 class LevenbergMarquardt:
@@ -61,7 +52,7 @@ class LevenbergMarquardt:
         self._damping: float | None = None  # a row: the system's is this times their number
         self._growth = 2.0  # nu of Nielsen's rule
         self._contraction = 1.0  # of |s| in the last step that was taken
-        self._known: tuple[Tensor, Tensor, Evaluation] | None = None  # x, y and the evaluation at the present weights
+        self._known: tuple[Batch, Evaluation] | None = None  # at the present weights
         self._sampled = SampledSteps(recipe, objective, self._choice)
         self._output = output_layer(objective) if recipe.eliminate_output else None
 
@@ -74,32 +65,28 @@ class LevenbergMarquardt:
             self._step, self._known, self.words = self._step + 1, None, {"solver": solver}
             return _metrics(figures)
         start = self._start(batch)
-        s = self._objective.residual(start, batch)
         began = time.perf_counter()
-        damping = None if self._damping is None else self._damping * start.rows
-        made = self._choice.linearise(batch, start, s, damping, step=self._step, tolerance=self._tolerance())
-        self.words = {"solver": made.estimate.solver}
+        damping = None if self._damping is None else self._damping * start.at.rows
+        made = self._choice.linearise(start, damping, step=self._step, tolerance=self._tolerance())
         if damping is None:
             usual = CAREFUL_DAMPING if made.estimate.solver in DEAR_RETRIES else DAMPING
-            self._damping = (self._recipe.damping or usual) * made.unit / start.rows
-        found, figures = self._search(batch, start, s, made)
-        self._step += 1
-        self._known = (batch.x, batch.y, found)
-        relative = self._damping * start.rows / made.unit if made.unit > 0 and self._damping is not None else 0.0
-        spent = time.perf_counter() - began
+            self._damping = (recipe.damping or usual) * made.unit / start.at.rows
+        end, figures = self._search(start, made)
+        self._step, self._known, self.words = self._step + 1, (batch, end), {"solver": made.estimate.solver}
+        assert self._damping is not None
         return _metrics({
-            "loss": found.total / found.rows,
-            "damping": relative,
+            "loss": end.total / end.rows,
+            "damping": self._damping * end.rows / made.unit if made.unit > 0 else 0.0,
             **figures,
             "predicted_seconds": made.estimate.seconds,
-            "solve_seconds": spent,
+            "solve_seconds": time.perf_counter() - began,
         })  # fmt: skip
 
-    def _start(self, batch: Batch) -> Evaluation:
-        if self._known is not None and self._known[0] is batch.x and self._known[1] is batch.y:
-            return self._known[2]
-        start = self._objective.evaluate(batch)
-        if not math.isfinite(start.total):
+    def _start(self, batch: Batch) -> Point:
+        if self._known is not None and self._known[0].x is batch.x and self._known[0].y is batch.y:
+            return self._objective.point(batch, self._known[1])
+        start = self._objective.point(batch)
+        if not math.isfinite(start.at.total):
             raise DidNotSolve(
                 "the loss at the start is not finite: the network's outputs, or their residuals, overflow; scale the "
                 "features or the start weights down"
@@ -110,42 +97,38 @@ class LevenbergMarquardt:
         """Of the linear system: it need not be solved better than steps contract."""
         return max(1e-8, 0.1 * self._contraction)
 
-    def _search(
-        self, batch: Batch, start: Evaluation, s: Tensor, made: Linearised
-    ) -> tuple[Evaluation, dict[str, float]]:
+    def _search(self, start: Point, made: Linearised) -> tuple[Evaluation, dict[str, float]]:
         """Raise the damping until a step is taken; the model is at its end, or where it was."""
-        objective, origin = self._objective, self._objective.weights
+        objective, rows = self._objective, start.at.rows
+        least = LEAST_DAMPING.get(objective.dtype, 1e-8) * made.unit / rows
+        most = MOST_DAMPING * made.unit / rows
         rejected, solves = 0, 0
-        least = LEAST_DAMPING.get(objective.dtype, 1e-8) * made.unit / start.rows
         assert self._damping is not None
         while True:
-            damping = max(self._damping, least) * start.rows
-            direction = made.system.solve(s, damping)
+            damping = max(self._damping, least) * rows
+            direction = made.system.solve(start.s, damping)
             solves += direction.solved.iterations
-            trial = self._try(batch, start, s, made, direction, origin, damping)
-            if not self._recipe.adapt or trial.ratio > 0:
+            end, ratio = self._try(start, made, direction, damping)
+            taken = end is not None and (ratio > 0 or not self._recipe.adapt)
+            rejected += not taken
+            if taken or not self._recipe.adapt or rejected > self._recipe.max_retries:
                 break
-            rejected += 1
-            if rejected > self._recipe.max_retries:
-                break
-            self._damping = min(max(self._damping, least) * self._growth, MOST_DAMPING * made.unit / start.rows)
+            self._damping = min(max(self._damping, least) * self._growth, most)
             self._growth *= 2
-        taken = trial.at is not None and (trial.ratio > 0 or not self._recipe.adapt)
-        if taken and trial.at is not None:
-            end = trial.at
+        self._growth = 2.0
+        if end is None or not taken:
+            end = start.at
+            objective.move_(start.weights)
+        elif self._recipe.adapt:
+            self._damping = max(least, self._damping * max(1 / 3, 1 - (2 * ratio - 1) ** 3))  # (4)
+        if taken:
             # A loss of the user's own may be negative, and then says nothing of |s|.
-            self._contraction = math.sqrt(end.total / start.total) if start.total > 0 and end.total >= 0 else 1.0
-            if self._recipe.adapt:
-                self._damping = max(least, self._damping * max(1 / 3, 1 - (2 * trial.ratio - 1) ** 3))  # (4)
-                self._growth = 2.0
-        else:
-            end = start
-            self._growth = 2.0
-            objective.move_(origin)
+            before = start.at.total
+            self._contraction = math.sqrt(end.total / before) if before > 0 and end.total >= 0 else 1.0
         self._choice.note(made.estimate.solver, direction.solved.iterations, damping)
         dimension = made.system.effective_dimension(damping)
         return end, {
-            "gain_ratio": trial.ratio,
+            "gain_ratio": ratio,
             "rejected": float(rejected),
             "iterations": float(solves),
             "linear_residual": direction.solved.residual,
@@ -154,61 +137,45 @@ class LevenbergMarquardt:
         }
 
     def _try(
-        self,
-        batch: Batch,
-        start: Evaluation,
-        s: Tensor,
-        made: Linearised,
-        direction: Direction,
-        origin: Tensor,
-        damping: float,
-    ) -> Trial:
-        """Move the model along the direction, corrected, and look at the loss there."""
+        self, start: Point, made: Linearised, direction: Direction, damping: float
+    ) -> tuple[Evaluation | None, float]:
+        """Move the model along the direction, corrected: what the loss is there, and how much of its promised fall it
+        fell; None and nan for a direction that is not worth a trial."""
         objective = self._objective
-        nowhere = Trial(None, origin, math.nan)
-        promised = objective.promised(s, direction.moved)
+        promised = objective.promised(start.s, direction.moved)
         if not math.isfinite(promised) or not promised > 0 or not bool(direction.step.isfinite().all()):
-            return nowhere
-        weights = origin.double() - direction.step.double()
+            return None, math.nan
+        weights = start.weights.double() - direction.step.double()
         if self._geodesic(made):
-            correction = self._correction(batch, start, made, direction, origin, damping)
+            correction = self._correction(start, made, direction, damping)
             if correction is None:
-                return nowhere
+                return None, math.nan
             weights = weights + correction
-        objective.move_(weights.to(origin.dtype))
+        objective.move_(weights.to(objective.dtype))
         if self._output is not None:
-            eliminate_(objective, batch, self._output)
-        found = objective.evaluate(batch)
-        ratio = (start.total - found.total) / promised if math.isfinite(found.total) else math.nan
-        return Trial(found, weights, ratio)
+            eliminate_(objective, start.batch, self._output)
+        end = objective.evaluate(start.batch)
+        return end, (start.at.total - end.total) / promised if math.isfinite(end.total) else math.nan
 
     def _geodesic(self, made: Linearised) -> bool:
         asked = self._recipe.geodesic
         return made.estimate.solver in DIRECT if asked is None else asked
 
-    def _correction(
-        self,
-        batch: Batch,
-        start: Evaluation,
-        made: Linearised,
-        direction: Direction,
-        origin: Tensor,
-        damping: float,
-    ) -> Tensor | None:
+    def _correction(self, start: Point, made: Linearised, direction: Direction, damping: float) -> Tensor | None:
         """a of (3), (P,); None where it is too long; 0 where rounding hides it.
 
         s_dd by one more forward pass at a tenth of the step (Transtrum and Sethna, section 3)."""
         objective, h = self._objective, GEODESIC_PROBE
-        objective.move_((origin.double() - h * direction.step.double()).to(origin.dtype))
-        there = objective.evaluate(batch)
-        change = objective.root_t(start, batch, there.z - start.z)
+        objective.move_((start.weights.double() - h * direction.step.double()).to(objective.dtype))
+        there = objective.evaluate(start.batch)
+        change = objective.root_t(start, there.z - start.at.z)
         bend = (change + h * direction.moved) * (2 / h**2)
-        sizes = torch.stack([bend.double().square().sum(), start.z.double().square().sum()])
+        sizes = torch.stack([bend.double().square().sum(), start.at.z.double().square().sum()])
         self.group.sum_(sizes)
         size, scale = sizes.sqrt().tolist()
         if not math.isfinite(size):
             return None
-        if size * h**2 / 2 < 30 * torch.finfo(origin.dtype).eps * scale:
+        if size * h**2 / 2 < HIDDEN * torch.finfo(objective.dtype).eps * scale:
             return torch.zeros_like(direction.step, dtype=torch.float64)
         correction = -0.5 * made.system.solve(bend, damping).step.double()
         length = float(torch.linalg.vector_norm(direction.step.double()))

@@ -29,6 +29,21 @@ class Evaluation:
     rows: int
 
 
+@dataclass(frozen=True, eq=False)
+class Point:
+    """The model's weights (P,), a batch, and what was found there: this rank's residuals s (N,)."""
+
+    batch: Batch
+    at: Evaluation
+    s: Tensor
+    weights: Tensor
+
+    @property
+    def num_rows(self) -> int:
+        """N, of all ranks."""
+        return self.at.rows * self.at.z.shape[1]
+
+
 class LeastSquares:
     """The model, its loss and the ranks: outputs, residuals s and the Jacobian of B^T z by all trainable parameters.
 
@@ -85,9 +100,11 @@ class LeastSquares:
             raise BadInput("there are no rows to train on, on any rank")
         return Evaluation(torch.cat(found) if found else self._no_rows(batch), loss, int(rows))
 
-    def residual(self, at: Evaluation, batch: Batch) -> Tensor:
-        """s (N,), this rank's."""
-        return self.loss.residual(at.z, batch.y.to(self.device)).reshape(-1)
+    def point(self, batch: Batch, at: Evaluation | None = None) -> Point:
+        """The present weights, evaluated on the batch unless that was done. Collective."""
+        at = self.evaluate(batch) if at is None else at
+        s = self.loss.residual(at.z, batch.y.to(self.device)).reshape(-1)
+        return Point(batch, at, s, self.weights)
 
     def promised(self, s: Tensor, moved: Tensor) -> float:
         """The fall of the quadratic model, 1/2 (|s|^2 - |s - J d|^2) over all ranks' rows, from this rank's J d;
@@ -97,9 +114,9 @@ class LeastSquares:
         self.group.sum_(found)
         return float(found)
 
-    def root_t(self, at: Evaluation, batch: Batch, moved: Tensor) -> Tensor:
+    def root_t(self, point: Point, moved: Tensor) -> Tensor:
         """B^T of a move of the outputs (n, k): (N,)."""
-        return self.loss.root_t_mv(at.z, batch.y.to(self.device), moved).reshape(-1)
+        return self.loss.root_t_mv(point.at.z, point.batch.y.to(self.device), moved).reshape(-1)
 
     def plan(self, batch: Batch) -> Plan:
         """How each parameter's derivative is taken: settled at the first batch, from the same rows on all ranks.
@@ -133,28 +150,25 @@ class LeastSquares:
             found.append(capture(self.model, settled, x, columns)[1])
         return found[0] if len(found) == 1 else concatenate(found)
 
-    def products(self, batch: Batch, at: Evaluation) -> list[MatrixFree]:
-        """J of this rank's rows as products, a tile each."""
-        found = []
-        for start in range(0, len(batch), self.tile):
-            rows = slice(start, start + self.tile)
-            part = self._matrix_free(batch.x[rows].to(self.device), batch.y[rows].to(self.device), at.z[rows])
-            if self._forward_mode is None:  # tested once: the test is a product
-                part.mv(torch.zeros(self.num_columns, dtype=self.dtype, device=self.device))
-                self._forward_mode = part.forward_mode
-            found.append(part)
-        return found
-
-    def _matrix_free(self, x: Tensor, y: Tensor, z: Tensor) -> MatrixFree:
-        loss = self.loss
-        return MatrixFree(
+    def products(self, point: Point) -> MatrixFree | Jacobian:
+        """J of this rank's rows as products, whose graphs are made anew for each tile."""
+        batch, z, loss = point.batch, point.at.z, self.loss
+        if not len(batch):
+            return self.jacobian(batch)
+        y = batch.y.to(self.device)
+        found = MatrixFree(
             self.model,
-            x,
+            batch.x,
             num_outputs=z.shape[1],
             root_mv=lambda v, part: loss.root_mv(z[part], y[part], v),
             root_t_mv=lambda v, part: loss.root_t_mv(z[part], y[part], v),
+            tile=self.tile,
             forward_mode=self._forward_mode,
         )
+        if self._forward_mode is None:  # tested once: the test is a product
+            found.mv(torch.zeros(self.num_columns, dtype=self.dtype, device=self.device))
+            self._forward_mode = found.forward_mode
+        return found
 
     def tiles(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
         """(x, y) of some rows at a time, on the model's device."""

@@ -25,7 +25,7 @@ from ...batches import MiniBatches
 from ...group import Group
 from ...training import BadInput, Batch, DidNotSolve
 from .choice import DAMPING, Choice, Linearised
-from .objective import Evaluation, LeastSquares
+from .objective import LeastSquares, Point
 
 if TYPE_CHECKING:
     from . import GaussNewton
@@ -48,19 +48,17 @@ class SampledSteps:
     def step(self, batch: Batch, number: int) -> tuple[dict[str, float], str]:
         """Move the model; the figures of step 0, 1, ... and the solver that it took. Collective."""
         objective = self._objective
-        rows = self._rows(batch, number)
-        at = objective.evaluate(rows)
-        if not math.isfinite(at.total):
+        point = objective.point(self._rows(batch, number))
+        if not math.isfinite(point.at.total):
             raise DidNotSolve(
                 f"the loss is not finite at step {number}: a step on a sample was too long; raise damping or "
                 "sample_rows, or lower lr"
             )
-        s = objective.residual(at, rows)
-        made = self._choice.linearise(rows, at, s, None, step=number, tolerance=1.0)
+        made = self._choice.linearise(point, None, step=number, tolerance=1.0)
         began = time.perf_counter()
-        figures = self._search(rows, at, s, made, number)
+        figures = self._search(point, made, number)
         return {
-            "loss": at.total / at.rows,
+            "loss": point.at.total / point.at.rows,
             **figures,
             "predicted_seconds": made.estimate.seconds,
             "solve_seconds": time.perf_counter() - began,
@@ -82,27 +80,27 @@ class SampledSteps:
             )
         return self._sampler.rows(number)
 
-    def _search(self, rows: Batch, at: Evaluation, s: Tensor, made: Linearised, number: int) -> dict[str, float]:
+    def _search(self, point: Point, made: Linearised, number: int) -> dict[str, float]:
         """Take the step, where the recipe adapts with a damping at which the loss of the sample falls."""
         objective, recipe, mu = self._objective, self._recipe, self._recipe.momentum
         before = self._phi if mu and self._phi is not None else torch.zeros((), device=objective.device)
-        rest = s - mu * made.system.image(before) if before.dim() else s
-        lr, origin = rate(number, recipe.lr, recipe.sample_steps), objective.weights
+        rest = point.s - mu * made.system.image(before) if before.dim() else point.s
+        lr = rate(number, recipe.lr, recipe.sample_steps)
         rejected, ratio = 0, math.nan
         while True:
             damping = self._raised * (recipe.damping or DAMPING) * made.unit
             direction = made.system.solve(rest, damping)
             phi = mu * before + direction.step
             move = lr * averaged(phi, mu, number + 1)
-            objective.move_((origin.double() - move.double()).to(objective.dtype))
+            objective.move_((point.weights.double() - move.double()).to(objective.dtype))
             if recipe.adapt:
-                ratio = self._ratio(rows, at, s, made.system.image(move))
+                ratio = self._ratio(point, made.system.image(move))
             if ratio > 0 or not recipe.adapt:
                 self._phi = phi if mu else None
                 break
             self._raised = min(MOST_RAISE, self._raised * RAISE)
             if rejected == recipe.max_retries:
-                objective.move_(origin)
+                objective.move_(point.weights)
                 self._phi = None
                 break
             rejected += 1
@@ -119,11 +117,11 @@ class SampledSteps:
             "linear_residual": direction.solved.residual,
         }
 
-    def _ratio(self, rows: Batch, at: Evaluation, s: Tensor, moved: Tensor) -> float:
+    def _ratio(self, point: Point, moved: Tensor) -> float:
         """The fall of the sample's loss over the promised one; nan where either is not to be had."""
-        promised = self._objective.promised(s, moved)
-        there = self._objective.evaluate(rows)
-        return (at.total - there.total) / promised if promised > 0 and math.isfinite(there.total) else math.nan
+        promised = self._objective.promised(point.s, moved)
+        there = self._objective.evaluate(point.batch)
+        return (point.at.total - there.total) / promised if promised > 0 and math.isfinite(there.total) else math.nan
 
     def state(self) -> dict[str, Any]:
         return {"raised": self._raised, **({} if self._phi is None else {"phi": self._phi.clone()})}

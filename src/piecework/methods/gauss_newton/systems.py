@@ -7,7 +7,7 @@ system takes this rank's rows of v and gives the whole of d, equal on all ranks,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,7 +18,7 @@ from ...group import Group
 from ...solvers import Solved
 from ...solvers.damped import DampedGram, pcg
 from ...solvers.precondition import Preconditioner
-from .jacobian import Jacobian, MatrixFree
+from .jacobian import Jacobian
 
 
 @dataclass(frozen=True)
@@ -45,32 +45,12 @@ class System(Protocol):
 
 
 class Operator(Protocol):
-    """J of this rank's rows as products: `Jacobian`, or `Tiles` of `MatrixFree`."""
+    """J of this rank's rows as products: `Jacobian` or `MatrixFree`."""
 
     @property
     def num_rows(self) -> int: ...
     def mv(self, w: Tensor) -> Tensor: ...
     def t_mv(self, v: Tensor) -> Tensor: ...
-
-
-class Tiles:
-    """Matrix-free products of several tiles of rows as one operator."""
-
-    def __init__(self, parts: Sequence[MatrixFree], num_columns: int) -> None:
-        self._parts, self._num_columns = parts, num_columns
-
-    @property
-    def num_rows(self) -> int:
-        return sum(part.num_rows for part in self._parts)
-
-    def mv(self, w: Tensor) -> Tensor:
-        return torch.cat([part.mv(w) for part in self._parts]) if self._parts else w.new_zeros(0)
-
-    def t_mv(self, v: Tensor) -> Tensor:
-        out = v.new_zeros(self._num_columns)
-        for part, own in zip(self._parts, torch.split(v, [part.num_rows for part in self._parts]), strict=True):
-            out += part.t_mv(own)
-        return out
 
 
 class Sharded:
@@ -213,12 +193,12 @@ def _seminormal(r: Tensor, right: Tensor) -> Tensor:
 class ParameterSpace:
     """J^T J (P, P) added up over tiles of rows and over the ranks; a Cholesky factorisation for each damping."""
 
-    def __init__(self, jacobian: Jacobian, group: Group, *, tolerance: float, dtype: torch.dtype) -> None:
+    def __init__(self, jacobian: Jacobian, group: Group, *, tolerance: float) -> None:
         self._rows = Sharded(jacobian, group)
         p = jacobian.num_columns
         self._normal = torch.zeros(p, p, dtype=torch.float64, device=jacobian.device)
         for _, rows in jacobian.tiles():
-            rows = rows.to(dtype)
+            rows = rows.double()
             self._normal += rows.t() @ rows
         group.sum_(self._normal)
         self._damped = DampedGram(self._normal, tolerance=tolerance)

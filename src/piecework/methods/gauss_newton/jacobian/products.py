@@ -180,5 +180,5 @@ class MatrixFree:
         return moved
 
     def _outputs(self, values: dict[str, Tensor], x: Tensor) -> Tensor:
-        z: Tensor = functional_call(self._model, values, (x.detach(),))
+        z: Tensor = functional_call(self._model, values, (x.detach().to(self._parameters[0].device),))
         return z.reshape(len(x), -1)

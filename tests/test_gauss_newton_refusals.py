@@ -70,6 +70,29 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], str]] = {
 }
 
 
+class _Noise(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.randn(x.shape, generator=self.generator, dtype=x.dtype)
+
+
+class _Centring(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(0)
+
+
+@pytest.mark.parametrize("layer", [_Noise, _Centring])
+def test_a_sequence_is_probed_in_bind(layer: Callable[[], nn.Module]) -> None:
+    model = _with(layer)()
+    state = torch.get_rng_state()
+    with pytest.raises(CannotTrain, match="gauss-newton needs"):
+        bind(model)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_that_does_not_suit_is_refused(name: str) -> None:
     """In bind, or at the first batch where only a forward pass can tell; the weights are as they were."""

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ...group import Group
+from ...layers import layers
 from ...losses import CurvedLoss, Loss
-from ...training import BadInput, Batch, CannotTrain
+from ...nn import Standardise
+from ...training import BadInput, Batch, CannotTrain, stream
 from ..parameters import coupled_layers, packed, random_layers, start_from_rank_0, trainable, unpack_
 from .jacobian import PROBE_ROWS, Jacobian, MatrixFree, Plan, capture, concatenate, plan, values_of
 
@@ -72,9 +74,20 @@ class LeastSquares:
             )
         self.num_columns = sum(parameter.numel() for parameter in self.parameters)
         self.dtype, self.device = self.parameters[0].dtype, self.parameters[0].device
+        self._probe()
         start_from_rank_0(model, group)
         self._settled: tuple[Plan, Tensor] | None = None
         self._forward_mode: bool | None = None
+
+    def _probe(self) -> None:
+        """Refuse now what the first batch would show: a model that draws random numbers or couples rows by itself. Only
+        where the first layer tells what goes in."""
+        first = next(layers(self.model))[1]
+        width = first.in_features if isinstance(first, nn.Linear) else None
+        width = len(first.mean) if isinstance(first, Standardise) else width
+        if width:
+            rows = torch.randn(PROBE_ROWS, width, generator=stream(0), dtype=torch.float64)
+            plan(self.model, rows.to(self.device, self.dtype))
 
     @property
     def weights(self) -> Tensor:

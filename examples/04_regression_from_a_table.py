@@ -1,6 +1,6 @@
 """A regression with scikit-learn's interface: `python 04_regression_from_a_table.py --data diabetes`.
 
-`Regressor(method=GaussNewton())` standardises features and targets, holds rows back for stopping, and gives a plain
+`Regressor(GaussNewton())` standardises features and targets, holds rows back for stopping, and gives a plain
 torch module in `model_`. Beside it: Adam on the same network, and linear regression.
 """
 
@@ -40,8 +40,8 @@ def main(words: Sequence[str] | None = None) -> float:
     shared = {"hidden": (32, 32), "activation": "tanh", "seconds": arguments.seconds, "validation": 0.1, "patience": 25}
     entries = {
         "linear regression": LinearRegression(),
-        "Adam": Regressor(method=Adam(lr=3e-3), **shared),
-        "Gauss-Newton": Regressor(method=GaussNewton(), **shared),
+        "Adam": Regressor(Adam(lr=3e-3), **shared),
+        "Gauss-Newton": Regressor(GaussNewton(), **shared),
     }
     for name, entry in entries.items():
         began = time.perf_counter()

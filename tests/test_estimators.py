@@ -16,7 +16,20 @@ from sklearn.preprocessing import PolynomialFeatures
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import piecework
-from piecework import ADMM, CG, LBFGS, SGD, Adam, BadInput, CannotTrain, Classifier, DidNotSolve, Regressor, Softmax
+from piecework import (
+    ADMM,
+    CG,
+    LBFGS,
+    SGD,
+    Adam,
+    BadInput,
+    CannotTrain,
+    Classifier,
+    DidNotSolve,
+    GaussNewton,
+    Regressor,
+    Softmax,
+)
 from piecework.nn import Standardise
 
 IRIS = load_iris(return_X_y=True)
@@ -30,6 +43,7 @@ DIABETES = load_diabetes(return_X_y=True, scaled=False)
         Regressor(),
         Classifier(method=Adam(lr=2e-2), hidden=(8,), epochs=5, batch_size=16, dtype="float64"),
         Classifier(method=LBFGS(), hidden=(8,), loss="softmax", steps=8, validation=0.2, patience=4),
+        Regressor(GaussNewton(), hidden=(5,), activation="tanh", dtype="float64", steps=8),
     ]
 )
 def test_scikit_learn_finds_nothing_to_object_to(estimator: Any, check: Any) -> None:
@@ -39,7 +53,9 @@ def test_scikit_learn_finds_nothing_to_object_to(estimator: Any, check: Any) -> 
 # -- learning ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", [ADMM(), SGD(), Adam(lr=1e-2), LBFGS(), CG()], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize(
+    "method", [ADMM(), GaussNewton(), SGD(), Adam(lr=1e-2), LBFGS(), CG()], ids=lambda m: type(m).__name__
+)
 def test_every_method_learns_three_classes(method: Any) -> None:
     model = Classifier(method=method, hidden=(12,), batch_size=24).fit(*IRIS)
     assert model.score(*IRIS) > 0.95

@@ -44,8 +44,8 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]
 
     def __init__(
         self,
-        *,
         method: Method | None = None,
+        *,
         hidden: Sequence[int] = (100,),
         activation: str = "relu",
         loss: str | Loss = "auto",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..group import Group
 from ..losses import Loss
 from ..training import BadInput, Batch, CannotTrain, Metrics
-from .parameters import coupled_layers, no_gradient, packed, random_layers, start_from_rank_0, trainable
+from .parameters import no_gradient, packed, refuse_noise_and_coupling, start_from_rank_0, trainable
 
 
 @dataclass(frozen=True)
@@ -55,16 +55,7 @@ class FullBatch:
             listed = " and ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
             raise CannotTrain(f"{method} needs all parameters in one dtype on one device, and finds {listed}")
         self.dtype, self.device = self.parameters[0].dtype, self.parameters[0].device
-        if random := random_layers(model):
-            raise CannotTrain(
-                f"{method} compares the loss at different weights, and layer {random[0]} draws random numbers in "
-                "training; remove it (or set its rate to 0), or train with adam or sgd"
-            )
-        if coupled := coupled_layers(model):
-            raise CannotTrain(
-                f"{method} adds up the loss tile by tile, and layer {coupled[0]} normalises over the batch; "
-                "use LayerNorm in its place, or train with adam or sgd"
-            )
+        refuse_noise_and_coupling(model, method)
         start_from_rank_0(model, group)
         self._batch: Batch | None = None
         self._remembered: list[Evaluation] = []

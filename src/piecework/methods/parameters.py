@@ -82,6 +82,21 @@ def coupled_layers(model: nn.Module) -> list[str]:
     return [name or type(module).__name__ for name, module in model.named_modules() if isinstance(module, _COUPLED)]
 
 
+def refuse_noise_and_coupling(model: nn.Module, method: str) -> None:
+    """Raise CannotTrain unless the loss is a function of the weights that is summed row by row, as far as torch's
+    layers tell."""
+    if random := random_layers(model):
+        raise CannotTrain(
+            f"{method} compares the loss at different weights, and layer {random[0]} draws random numbers in "
+            "training; remove it (or set its rate to 0), or train with adam or sgd"
+        )
+    if coupled := coupled_layers(model):
+        raise CannotTrain(
+            f"{method} takes each row of a batch by itself, and layer {coupled[0]} normalises over the batch; "
+            "use LayerNorm in its place, or train with adam or sgd"
+        )
+
+
 def start_from_rank_0(model: nn.Module, group: Group) -> None:
     """Give every rank the parameters and buffers of rank 0: one message for each dtype and device."""
     share_from_rank_0(chain(model.parameters(), model.buffers()), group)

@@ -15,7 +15,7 @@ from ...layers import layers
 from ...losses import CurvedLoss, Loss
 from ...nn import Standardise
 from ...training import BadInput, Batch, CannotTrain, stream
-from ..parameters import coupled_layers, packed, random_layers, start_from_rank_0, trainable, unpack_
+from ..parameters import packed, refuse_noise_and_coupling, start_from_rank_0, trainable, unpack_
 from .jacobian import PROBE_ROWS, Jacobian, MatrixFree, Plan, capture, concatenate, plan, values_of
 
 CURVATURE = ("residual", "root_mv", "root_t_mv")
@@ -62,16 +62,7 @@ class LeastSquares:
             )
         self.model, self.loss, self.group, self.tile = model, cast(CurvedLoss, loss), group, tile
         self.parameters = trainable(model, "gauss-newton")
-        if random := random_layers(model):
-            raise CannotTrain(
-                f"gauss-newton compares the loss at different weights, and layer {random[0]} draws random numbers in "
-                "training; remove it (or set its rate to 0), or train with adam or sgd"
-            )
-        if coupled := coupled_layers(model):
-            raise CannotTrain(
-                f"gauss-newton needs the derivative of each row alone, and layer {coupled[0]} normalises over the "
-                "batch; use LayerNorm in its place, or train with adam or sgd"
-            )
+        refuse_noise_and_coupling(model, "gauss-newton")
         self.num_columns = sum(parameter.numel() for parameter in self.parameters)
         self.dtype, self.device = self.parameters[0].dtype, self.parameters[0].device
         self._probe()

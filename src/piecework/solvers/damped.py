@@ -64,8 +64,7 @@ class DampedGram:
     independent entries moves the residual by rounding (sum_ij K_ij^2 g_j^2)^(1/2): the residual that is returned is no
     less than that, and where it exceeds the tolerance the answer is not ok, however well it solves the rounded system.
 
-    dtype: that of the work. float32 is twice as fast, and good for a damping of 1e-3 of the mean diagonal or more; the
-    rounding of K is then of no account beside the damping.
+    dtype: that of the work. float32 is twice as fast; the residual then says whether it was good enough.
 
     Raises BadInput for a matrix that is not square and real."""
 
@@ -79,8 +78,7 @@ class DampedGram:
     ) -> None:
         if gram.dim() != 2 or len(gram) != gram.shape[1] or not gram.is_floating_point():
             raise BadInput(f"a Gram matrix is a square of real numbers; got {gram.dtype} of shape {tuple(gram.shape)}")
-        single = dtype == torch.float32
-        self._noise = rounding if rounding is not None else 0.0 if single else _roundoff(gram.dtype)
+        self._noise = rounding if rounding is not None else _roundoff(gram.dtype)
         self._kernel = gram.to(dtype)
         self._kernel = (self._kernel + self._kernel.t()).mul_(0.5)
         self._finite = math.isfinite(float(self._kernel.sum()))

@@ -46,8 +46,8 @@ LOOSE, TIGHT = 0.1, 0.01
 """Relative residuals at which conjugate gradients stop without and with a preconditioner, whose making costs most."""
 DAMPING = 1e-3
 """Relative to the mean diagonal of K, where the recipe does not say."""
-SINGLE = 1e-3
-"""Relative damping from which float32 is enough for the Gram matrix and its factor."""
+SINGLE = 1e-6
+"""Relative damping below which float32 is never enough for the Gram matrix and its factor."""
 DIGITS_ARE_WORTH = 3.0
 """How many times the seconds of the normal equations QR may take in float64, whatever the damping."""
 
@@ -71,6 +71,7 @@ class Choice:
         self._solver: Solver | None = None
         self._damping, self._rows, self._next = 0.0, 0, 0  # of the last look; when to look again
         self._dimension, self._condition = 0.0, 0.0
+        self._double_below = 0.0  # relative damping at which float32 was not enough for the Gram matrix
         self._known: dict[str, tuple[float, float]] = {}  # iterations and damping of each solver's last run
         self._machine: tuple[Rates, float] | None = None
 
@@ -82,6 +83,7 @@ class Choice:
             "next": self._next,
             "dimension": self._dimension,
             "condition": self._condition,
+            "double_below": self._double_below,
             "known": {name: list(pair) for name, pair in self._known.items()},
         }
 
@@ -89,12 +91,15 @@ class Choice:
         self._solver = cast(Solver, state["solver"]) or None
         self._damping, self._rows, self._next = float(state["damping"]), int(state["rows"]), int(state["next"])
         self._dimension, self._condition = float(state["dimension"]), float(state["condition"])
+        self._double_below = float(state["double_below"])
         self._known = {name: (float(pair[0]), float(pair[1])) for name, pair in state["known"].items()}
 
-    def note(self, solver: Solver, iterations: int, damping: float) -> None:
-        """Remember how many iterations the solver took."""
-        if solver in ("cg", "rpchol", "nystrom", "sketch"):
-            self._known[solver] = (float(iterations), damping)
+    def note(self, made: Linearised, iterations: int, damping: float) -> None:
+        """Remember how many iterations the solver took, or that float32 was not enough for it."""
+        if made.estimate.solver not in DIRECT:
+            self._known[made.estimate.solver] = (float(iterations), damping)
+        if isinstance(made.system, SampleSpace) and not made.system.single and made.unit > 0:
+            self._double_below = max(self._double_below, min(1.0, damping / made.unit))
 
     def linearise(self, point: Point, damping: float | None, *, step: int, tolerance: float) -> Linearised:
         """The system at the model's present weights. Collective.
@@ -117,7 +122,8 @@ class Choice:
         estimate = self._pick(shape, jacobian, damping, unit, step, rates, limit)
         near = self._tolerance(estimate.solver == "cg", tolerance)
         if jacobian is not None and estimate.solver in DIRECT:
-            system = self._direct(estimate.solver, jacobian, point.s, near, single=damping >= SINGLE * unit)
+            single = damping > max(SINGLE, self._double_below) * unit
+            system = self._direct(estimate.solver, jacobian, point.s, near, single=single)
         else:
             system = self._iterative(estimate.solver, jacobian, point, shape, damping, step, near)
         return Linearised(system, estimate, unit)

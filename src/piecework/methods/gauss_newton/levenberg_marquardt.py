@@ -125,7 +125,7 @@ class LevenbergMarquardt:
             # A loss of the user's own may be negative, and then says nothing of |s|.
             before = start.at.total
             self._contraction = math.sqrt(end.total / before) if before > 0 and end.total >= 0 else 1.0
-        self._choice.note(made.estimate.solver, direction.solved.iterations, damping)
+        self._choice.note(made, direction.solved.iterations, damping)
         dimension = made.system.effective_dimension(damping)
         return end, {
             "gain_ratio": ratio,

@@ -108,7 +108,7 @@ class SampledSteps:
             self._raised = max(1.0, self._raised / EASE)
         elif 0 < ratio < 0.25:
             self._raised = min(MOST_RAISE, self._raised * RAISE)
-        self._choice.note(made.estimate.solver, direction.solved.iterations, damping)
+        self._choice.note(made, direction.solved.iterations, damping)
         return {
             "damping": damping / made.unit if made.unit > 0 else 0.0,
             **({"gain_ratio": ratio} if recipe.adapt else {}),

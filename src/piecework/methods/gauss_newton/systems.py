@@ -82,16 +82,17 @@ class Sharded:
 class SampleSpace:
     """K itself, formed once; a Cholesky factorisation for each damping.
 
-    single: whether to try in float32, where the model is; what it then cannot solve is formed anew in float64. So is
-    J^T g then: at a small damping g is large, and nearly all of it cancels."""
+    single: whether to try in float32, where the model is; what that does not solve to the tolerance, its rounding
+    counted, is formed anew in float64, and `single` is False then. So is J^T g: at a small damping g is large, and
+    nearly all of it cancels."""
 
     def __init__(self, jacobian: Jacobian, group: Group, *, tolerance: float, single: bool) -> None:
         self._rows, self._jacobian, self._tolerance = Sharded(jacobian, group), jacobian, tolerance
-        self._form(torch.float32 if single and jacobian.dtype == torch.float32 else torch.float64)
+        self.single = single and jacobian.dtype == torch.float32
+        self._form()
 
-    def _form(self, dtype: torch.dtype) -> None:
-        group = self._rows.group
-        self._own = self._jacobian.double() if dtype == torch.float64 else self._jacobian
+    def _form(self) -> None:
+        group, dtype = self._rows.group, torch.float32 if self.single else torch.float64
         gram = self._jacobian.gathered(group).gram(dtype, None if group.size == 1 else self._rows.own)
         self._gram = self._rows.all(gram)
         self._damped = DampedGram(self._gram, tolerance=self._tolerance, dtype=dtype)
@@ -99,10 +100,11 @@ class SampleSpace:
     def solve(self, v: Tensor, damping: float) -> Direction:
         right = self._rows.all(v)
         solved = self._damped.solve(right, damping)
-        if self._gram.dtype == torch.float32 and not solved.residual <= self._tolerance:
-            self._form(torch.float64)
+        if self.single and not solved.residual <= self._tolerance:
+            self.single = False
+            self._form()
             solved = self._damped.solve(right, damping)
-        step = self._own.t_mv(solved.x[self._rows.own])
+        step = self._jacobian.t_mv_in(self._gram.dtype, solved.x[self._rows.own])
         self._rows.group.sum_(step)
         moved = (self._gram[self._rows.own] @ solved.x).to(v.dtype)
         return Direction(step.to(v.dtype), moved, solved)

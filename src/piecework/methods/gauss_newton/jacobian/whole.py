@@ -96,6 +96,17 @@ class Jacobian:
                 out[place] = part
         return out
 
+    def t_mv_in(self, dtype: torch.dtype, v: Tensor) -> Tensor:
+        """J^T v in that dtype, some samples at a time, so that their copies stay small; v: (N,) of that dtype."""
+        if dtype == self.dtype:
+            return self.t_mv(v)
+        out = torch.zeros(self.num_columns, dtype=dtype, device=self.device)
+        size = max(1, TILE // max(1, self.num_outputs * self.width))
+        for start in range(0, self.num_samples, size):
+            part = slice(start, min(start + size, self.num_samples))
+            out += self.samples(part)._in(dtype).t_mv(v[part.start * self.num_outputs : part.stop * self.num_outputs])
+        return out
+
     def product(self, v: Tensor) -> Tensor:
         """K v: (N,) or (N, k); 4 N P operations a column, and no forward pass. With C > 1 linear layers take 4 n P."""
         self._check(v, self.num_rows)
@@ -206,11 +217,8 @@ class Jacobian:
             found.append(block.from_tensors([torch.cat(group.gather(t.contiguous())) for t in block.tensors()]))
         return self._with(found)
 
-    def double(self) -> Jacobian:
-        """The same in float64; a copy where the model is not."""
-        if self.dtype == torch.float64:
-            return self
-        parts = ([t.double() if t.is_floating_point() else t for t in block.tensors()] for block in self.blocks)
+    def _in(self, dtype: torch.dtype) -> Jacobian:
+        parts = ([t.to(dtype) if t.is_floating_point() else t for t in block.tensors()] for block in self.blocks)
         return self._with(block.from_tensors(own) for block, own in zip(self.blocks, parts, strict=True))
 
     def _with(self, blocks: Iterable[Block]) -> Jacobian:

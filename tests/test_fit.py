@@ -282,3 +282,17 @@ def test_data_without_sense_is_refused_in_a_sentence() -> None:
         BadInput, match=r"the train targets of a regression must have shape \(rows, outputs\), got \(64,\)"
     ):
         train(data=flat, steps=1)
+
+
+def test_words_about_a_step_come_into_its_row() -> None:
+    training = PlainSGD(lr=0.3).bind(network(), SOFTMAX)
+    training.words = {"solver": "by hand"}  # type: ignore[attr-defined]
+    history, _ = train(training=training, steps=2)
+    assert [row["solver"] for row in history.rows] == ["by hand"] * len(history.rows)
+
+
+def test_words_do_not_replace_a_rows_own_figures() -> None:
+    training = PlainSGD(lr=0.3).bind(network(), SOFTMAX)
+    training.words = {"seconds": "many"}  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="seconds, which rows have already"):
+        train(training=training, steps=2)

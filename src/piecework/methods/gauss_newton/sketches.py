@@ -18,12 +18,13 @@ def sketch_of(jacobian: Jacobian, rows: Sharded, kind: Sketch, per_row: float, s
     """Of a sketch with `per_row` columns for each row of all ranks. Collective.
 
     For units that is so many hidden units that units times inputs are as many columns; only ranks' own rows of features
-    are made, and units from the factors of all."""
+    are made, and units from the factors of all. A sketch is factored in float32 whatever the model is: a triangle need
+    only be near, and QR of the sketch, unlike its Gram matrix, does not square the condition of J."""
     if kind == "units":
         everyone = jacobian.gathered(rows.group)
         return sampled(everyone.units(max(1, math.ceil(per_row * rows.num_rows / widest(jacobian))), seed))
     num = max(1, math.ceil(per_row * rows.num_rows))
-    return sketched(rows.all(jacobian.features(kind, num, seed)))
+    return sketched(rows.all(jacobian.features(kind, num, seed)).float())
 
 
 def widest(jacobian: Jacobian) -> int:

@@ -78,8 +78,8 @@ class GaussNewton:
     """SPRING's decay of the step before, in [0, 1), on samples; with it, lr must be much smaller than 1."""
     sketch: Sketch = "units"
     """Of solver sketch: sampled hidden units, or a random projection of the rows of J."""
-    sketch_rows: float = 4.0
-    """Columns of the sketch for each row; below 1 it is of low rank."""
+    sketch_rows: float | None = None
+    """Columns of the sketch for each row; below 1 it is of low rank. None is 4, 8 or 16, by cost."""
     inner_tolerance: float | None = None
     """Relative residual at which iterative solvers stop; on all rows it tightens by itself where steps contract better.
     None is 0.1 without a preconditioner and 0.01 with one."""
@@ -87,8 +87,9 @@ class GaussNewton:
     """Iterations of one linear system at most."""
     max_retries: int = 16
     """Raises of the damping in a step at most; each is one solve and one forward pass."""
-    tile: int = 4096
-    """Rows that pass through the network at once; it bounds the memory and decides how sums are rounded."""
+    tile: int | None = None
+    """Rows that pass through the network at once; it bounds the memory and decides how sums are rounded. None chooses
+    them so that a tile of the widest layer is some megabytes."""
     memory: float | None = None
     """GiB that the Jacobian and the system may take; None is three quarters of the machine's."""
     faithful: bool = False

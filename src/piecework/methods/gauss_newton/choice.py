@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...solvers.precondition import Preconditioner
 from ...training import CannotTrain, DidNotSolve, stream
-from .cost import Estimate, Rates, Shape, Solver, estimates, measured
+from .cost import Estimate, Rates, Shape, Solver, estimates, measured, sketch_columns
 from .jacobian import Jacobian, Plan, predicted_bytes
 from .objective import LeastSquares, Point
 from .sketches import low_rank, nystrom_of, sketch_of, widest
@@ -270,7 +270,8 @@ class Choice:
             assert jacobian is not None
             if solver == "rpchol":
                 return low_rank(jacobian, rows, damping, seed)
-            return sketch_of(jacobian, rows, recipe.sketch, recipe.sketch_rows, seed)
+            per_row = recipe.sketch_rows or sketch_columns(shape, self._means()[0].snapped())[0]
+            return sketch_of(jacobian, rows, recipe.sketch, per_row, seed)
 
         return Krylov(
             jacobian or self._objective.products(point),

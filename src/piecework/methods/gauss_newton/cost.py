@@ -29,10 +29,9 @@ DAMPED_QR = 3.3
 """Operations of QR of two stacked triangles, in units of P^3."""
 PRECONDITIONED = 12.0
 """Iterations with a low-rank preconditioner of twice the effective dimension, to a tolerance of a hundredth."""
-UNITS_A_ROW = 4.0
-"""Columns of a sketch for each row: of sampled units, their number times the inputs of each."""
-SKETCHED = 10.0
-"""Iterations with so many, to a tolerance of a hundredth."""
+SKETCHES = ((4.0, 10.0), (8.0, 6.5), (16.0, 5.0))
+"""Columns of a sketch of sampled units for each row (units times their inputs), and the iterations to a tolerance of a
+hundredth that they leave."""
 
 
 @dataclass(frozen=True)
@@ -131,8 +130,7 @@ def estimates(shape: Shape, rates: Rates, known: Mapping[str, float]) -> dict[So
     size = 8 if shape.double else 4
     skinny = rates.skinny64 if shape.double else rates.skinny32
     gemm = rates.gemm64 if shape.double else rates.gemm32
-    samples = n / shape.outputs
-    product = (4 * samples * p + 4 * n * shape.width if shape.factors else 8 * samples * p) / skinny
+    product = _product(shape) / skinny
     digits = max(0.5, -math.log10(shape.tight) / 2)
     free = min(0.7 * math.sqrt(shape.condition), 7 * d) * max(0.5, -math.log10(shape.loose) / 2)
     rank = min(n / 2, max(32.0, 2 * d))
@@ -143,13 +141,14 @@ def estimates(shape: Shape, rates: Rates, known: Mapping[str, float]) -> dict[So
         found[solver] = Estimate(solver, build + (times + 2) * (product + each), memory, times)
 
     if shape.factors:
-        gram = n * n * shape.width / rates.gemm64
-        add("exact", gram + n**3 / 3 / rates.cholesky64, 24 * n * n)
+        cholesky = rates.cholesky64 * (1 if shape.double else 2)
+        add("exact", n * n * shape.width / gemm + n**3 / 3 / cholesky, 24 * n * n)
         add("rpchol", (2 * rank * n * shape.width + 4 * rank**2 * n) / rates.gemm64, 16 * n * rank,
             PRECONDITIONED * digits, 4 * n * rank * 8 / rates.bandwidth)  # fmt: skip
-        sampled = min(float(shape.width), UNITS_A_ROW * n / shape.inputs + shape.inputs)
-        add("sketch", n * n * sampled / gemm + n**3 / 3 / (rates.cholesky64 if shape.double else gemm / 2),
-            3 * size * n * n, SKETCHED * digits, 2 * n * n * 8 / rates.bandwidth)  # fmt: skip
+        columns, iterations = sketch_columns(shape, rates)
+        sampled = min(float(shape.width), columns * n / shape.inputs + shape.inputs)
+        add("sketch", n * n * sampled / gemm + n**3 / 3 / cholesky, 3 * size * n * n,
+            iterations * digits, 2 * n * n * 8 / rates.bandwidth)  # fmt: skip
         rows_made = n * p * 8 / rates.bandwidth
         add("qr", rows_made + (2 * n * p * p + DAMPED_QR * p**3) / rates.qr64, 40 * p * p)
         add("cholesky", rows_made + 2 * n * p * p / rates.gemm64 + p**3 / 3 / rates.cholesky64, 24 * p * p)
@@ -157,3 +156,17 @@ def estimates(shape: Shape, rates: Rates, known: Mapping[str, float]) -> dict[So
     add("nystrom", rank * product + 4 * rank**2 * n / rates.gemm64, 16 * n * rank,
         PRECONDITIONED * digits, 4 * n * rank * 8 / rates.bandwidth)  # fmt: skip
     return found
+
+
+def _product(shape: Shape) -> float:
+    """Operations of a product with K."""
+    samples = shape.rows / shape.outputs
+    return 4 * samples * shape.columns + 4 * shape.rows * shape.width if shape.factors else 8 * samples * shape.columns
+
+
+def sketch_columns(shape: Shape, rates: Rates) -> tuple[float, float]:
+    """The entry of SKETCHES with the least cost: wide layers have dear products, and are worth more columns."""
+    n = float(shape.rows)
+    product = _product(shape) / (rates.skinny64 if shape.double else rates.skinny32)
+    gemm = rates.gemm64 if shape.double else rates.gemm32
+    return min(SKETCHES, key=lambda one: one[0] * n**3 / shape.inputs / gemm + one[1] * product)

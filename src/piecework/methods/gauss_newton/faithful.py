@@ -63,7 +63,7 @@ class Faithful:
         scale = math.sqrt(2.0)  # the residuals of the squared loss are sqrt(2) (f - y)
         r = point.s.double() / scale
         jacobian = objective.jacobian(batch)
-        per_row = max(self._recipe.sketch_rows, PUBLISHED_ROWS)
+        per_row = max(self._recipe.sketch_rows or 0.0, PUBLISHED_ROWS)
         num = math.ceil(per_row * len(r))
         features = jacobian.features("srht", num, self._recipe.seed + self._step).double() / scale
 

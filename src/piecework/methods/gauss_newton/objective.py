@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -19,6 +19,10 @@ from ..parameters import packed, refuse_noise_and_coupling, start_from_rank_0, t
 from .jacobian import PROBE_ROWS, Jacobian, MatrixFree, Plan, capture, concatenate, plan, values_of
 
 CURVATURE = ("residual", "root_mv", "root_t_mv")
+
+
+TILE, LEAST_ROWS, MOST_ROWS = 2**20, 16, 8192
+"""Numbers of a tile: few enough to stay near a core, and the fewest and most rows that it may have."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class LeastSquares:
     With B B^T the curvature of the loss at the outputs and B s its gradient, the total loss after a move d of the
     weights is |s - J d|^2 / 2 and a constant, to second order in the outputs and first order in the weights."""
 
-    def __init__(self, model: nn.Module, loss: Loss, group: Group, *, tile: int) -> None:
+    def __init__(self, model: nn.Module, loss: Loss, group: Group, *, tile: int | None = None) -> None:
         """Raises CannotTrain for a loss without curvature and for a model that draws random numbers or couples rows."""
         lacking = [name for name in CURVATURE if not hasattr(loss, name)]
         if lacking:
@@ -60,8 +64,9 @@ class LeastSquares:
                 f"gauss-newton needs a loss with curvature, and the {loss.name} loss lacks {', '.join(lacking)}; "
                 "squared, logistic and softmax have it"
             )
-        self.model, self.loss, self.group, self.tile = model, cast(CurvedLoss, loss), group, tile
+        self.model, self.loss, self.group = model, cast(CurvedLoss, loss), group
         self.parameters = trainable(model, "gauss-newton")
+        self.tile = tile or _tile_for(self.parameters)
         refuse_noise_and_coupling(model, "gauss-newton")
         self.num_columns = sum(parameter.numel() for parameter in self.parameters)
         self.dtype, self.device = self.parameters[0].dtype, self.parameters[0].device
@@ -182,3 +187,9 @@ class LeastSquares:
 
     def _no_rows(self, batch: Batch) -> Tensor:
         return torch.zeros(0, self.plan(batch).num_outputs, dtype=self.dtype, device=self.device)
+
+
+def _tile_for(parameters: Sequence[nn.Parameter]) -> int:
+    """Rows such that a tile of the widest layer has about as many numbers as TILE says."""
+    widest = max((len(parameter) for parameter in parameters if parameter.dim() > 1), default=1)
+    return min(MOST_ROWS, max(LEAST_ROWS, TILE // widest))

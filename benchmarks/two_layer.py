@@ -216,7 +216,9 @@ def step_part(num: int, widths: list[int], repeats: int) -> list[tuple[str, list
         slope = None
         if len(points) > 1:
             slope = float(np.polyfit(np.log(list(points)), np.log(list(points.values())), 1)[0])
-        faster = [m for m in points if name != "exact" and m in seconds["exact"] and points[m] < seconds["exact"][m]]
+        shared = [m for m in points if m in seconds["exact"]]
+        slower = [m for m in shared if points[m] >= seconds["exact"][m]]
+        faster = [m for m in shared if m > max(slower, default=0)]  # and at all wider ones too
         ratios = ", ".join(f"{seconds['exact'][m] / points[m]:.2f}" for m in points if m in seconds["exact"])
         growth.append([name, slope, ratios, min(faster, default=None)])
     columns = ["solver", "exponent in m", f"ratio exact / solver at m = {', '.join(map(str, widths))}", "faster from m"]

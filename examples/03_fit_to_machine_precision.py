@@ -1,7 +1,7 @@
-"""Fit a function with a small tanh network, far below where first-order methods stop: `python 03_...py`.
+"""Fit a function very closely with a small tanh network in float64: `python 03_fit_to_machine_precision.py`.
 
-The network is given as a module, the points as one Batch, and the loop is written out. In float64 the relative error of
-a fit by Adam stays near 1e-3; here it goes on falling by orders of magnitude.
+The network is given as a module, the points as one Batch, and the loop is written out. The error goes on falling by
+orders of magnitude as the steps are damped less and less.
 """
 
 from __future__ import annotations

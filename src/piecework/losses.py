@@ -294,10 +294,8 @@ class Softmax:
         return p * (v - (p * v).sum(1, keepdim=True))
 
     def residual(self, z: Tensor, y: Tensor) -> Tensor:
-        q = self._root(z)
-        return (
-            self.gradient(z, y) / q
-        )  # the projection I - q q^T of the root leaves it as it is: q^T s = sum(p - y) = 0
+        # The projection I - q q^T of the root leaves it as it is, because q^T s = sum(p - y) = 0.
+        return self.gradient(z, y) / self._root(z)
 
     def root_mv(self, z: Tensor, y: Tensor, v: Tensor) -> Tensor:
         q = self._root(z)

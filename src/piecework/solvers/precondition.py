@@ -12,6 +12,7 @@ rank 0, P = I, and the solve itself says what is wrong.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -227,7 +228,7 @@ def nystrom(
     return LowRank(basis, found)
 
 
-class _Triangle:
+class _Triangle(ABC):
     """P = R^T R with R upper triangular (N, N), from a factorisation for each damping; the last one is kept."""
 
     def __init__(self, num_rows: int) -> None:
@@ -238,8 +239,9 @@ class _Triangle:
     def rank(self) -> int:
         return self._num_rows
 
+    @abstractmethod
     def _factor(self, damping: float) -> Tensor:
-        raise NotImplementedError
+        """R for this damping, in the dtype in which it is cheapest."""
 
     def triangle(self, damping: float) -> Tensor:
         """R (N, N), upper, in float64, R^T R = K_hat + damping I."""

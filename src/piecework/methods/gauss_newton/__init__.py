@@ -12,8 +12,7 @@ gives
     damping <- damping max(1/3, 1 - (2 rho - 1)^3)     rho: the fall of F over that of (1)                           (4)
 
 (2) by the solver that is cheapest for these N, P and damping; (3) is the geodesic acceleration of Transtrum and Sethna
-(arXiv 1201.5885), (4) Nielsen's rule (1999). With `sample_rows` steps are on some rows only
-(sampled.py).
+(arXiv 1201.5885), (4) Nielsen's rule (1999). With `sample_rows` steps are on some rows only (sampled.py).
 
 Differs from the paper
 1. Any network and any loss with curvature, damping, a gain ratio and rejection: the paper's undamped unit step has no
@@ -75,7 +74,7 @@ class GaussNewton:
     lr: float = 1.0
     """Factor of a step on a sample."""
     momentum: float = 0.0
-    """SPRING's decay of the step before, in [0, 1), on samples; with it, lr must be much smaller than 1."""
+    """SPRING's decay of the step before, in [0, 1), on samples; with it, lr below 1 is safer."""
     sketch: Sketch = "units"
     """Of solver sketch: sampled hidden units, or a random projection of the rows of J."""
     sketch_rows: float | None = None

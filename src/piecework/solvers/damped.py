@@ -19,7 +19,8 @@ and one tolerance, relative to the norm of all. Every residual is of the system 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -37,6 +38,8 @@ REFINEMENTS = 4
 """Each is one product with the matrix; they end early where one does not halve the residual."""
 PROGRESS = 0.5
 """A refinement or a restart that leaves more of the residual than this is the last."""
+ROWS = 512
+"""Whose squares are made at once."""
 HOPELESS = 0.1
 """Of the right-hand side: with a residual above this an answer is worth little, and eigenvalues are worth 9 N^3."""
 
@@ -51,10 +54,10 @@ def exact(
 class DampedGram:
     """K + damping I in float64 for several dampings and right-hand sides; the last factorisation is kept.
 
-    gram: K (N, N), symmetrised here. Cholesky with iterative refinement; where the matrix is not numerically definite,
-    with 1e-15, 1e-13, 1e-11 of the mean diagonal added, which refinement takes out again; where none of them is enough,
-    or the residual exceeds 0.1, an eigen-decomposition whose small eigenvalues are cut softly. N^3 / 3 for each
-    damping, against 9 N^3 for eigenvalues that would serve all.
+    gram: K (N, N), symmetrised here unless it is `symmetric` to the last bit. Cholesky with iterative refinement; where
+    the matrix is not numerically definite, with 1e-15, 1e-13, 1e-11 of the mean diagonal added, which refinement takes
+    out again; where none of them is enough, or the residual exceeds 0.1, an eigen-decomposition whose small eigenvalues
+    are cut softly. N^3 / 3 for each damping, against 9 N^3 for eigenvalues that would serve all.
 
     tolerance: a relative residual above this comes with a reason. float64 itself leaves about 1e-16 |K| |g| / |r|: on
     kernels of smooth networks with a right-hand side that is not smooth, 1e-6 is lost at a damping of about 1e-9 of the
@@ -64,7 +67,8 @@ class DampedGram:
     independent entries moves the residual by rounding (sum_ij K_ij^2 g_j^2)^(1/2): the residual that is returned is no
     less than that, and where it exceeds the tolerance the answer is not ok, however well it solves the rounded system.
 
-    dtype: that of the work. float32 is twice as fast; the residual then says whether it was good enough.
+    dtype: that of the work. float32 is twice as fast, and gets one attempt: the residual says whether it was good
+    enough, and float64 is what to try next.
 
     Raises BadInput for a matrix that is not square and real."""
 
@@ -75,15 +79,16 @@ class DampedGram:
         tolerance: float = 1e-6,
         rounding: float | None = None,
         dtype: torch.dtype = torch.float64,
+        symmetric: bool = False,
     ) -> None:
         if gram.dim() != 2 or len(gram) != gram.shape[1] or not gram.is_floating_point():
             raise BadInput(f"a Gram matrix is a square of real numbers; got {gram.dtype} of shape {tuple(gram.shape)}")
         self._noise = rounding if rounding is not None else _roundoff(gram.dtype)
         self._kernel = gram.to(dtype)
-        self._kernel = (self._kernel + self._kernel.t()).mul_(0.5)
+        if not symmetric:
+            self._kernel = (self._kernel + self._kernel.t()).mul_(0.5)
         self._finite = math.isfinite(float(self._kernel.sum()))
         self._tolerance = tolerance
-        self._squares: Tensor | None = None  # of K, not of K + damping I: the damping has no rounding
         self._kept: tuple[float, Tensor | None, int] | None = None
 
     def solve(self, rhs: Tensor, damping: float) -> Solved:
@@ -106,8 +111,9 @@ class DampedGram:
         x, residual = torch.zeros_like(b), math.inf
         if factor is not None:
             x, residual = self._refined(b, factor, damping, norm)
-        if not residual <= HOPELESS:
-            other = _by_eigenvalues(self._system(damping).double(), b.double(), self._noise).to(b.dtype)
+        if not residual <= HOPELESS and b.dtype == torch.float64:
+            with self._raised(self._kernel.diagonal() + damping) as system:
+                other = _by_eigenvalues(system, b, self._noise)
             found = float(torch.linalg.vector_norm(self._product(other, damping) - b)) / norm
             attempts += 1
             if not residual <= found:
@@ -115,6 +121,20 @@ class DampedGram:
         shaken = self._shaken(x) / norm
         residual = max(residual, shaken)
         return Solved(x, _doubt(residual, shaken, self._noise, self._tolerance), attempts, residual)
+
+    def inverse(self, damping: float) -> Callable[[Tensor], Tensor] | None:
+        """r -> (K + damping I)^-1 r in float64 as the factor has it, to precondition with; None where there is no
+        Cholesky factor. Triangular solves in float64 make of any triangle one and the same symmetric matrix."""
+        factor, _ = self._factor(damping)
+        if factor is None:
+            return None
+        lower = factor.double()
+
+        def apply(r: Tensor) -> Tensor:
+            x: Tensor = torch.cholesky_solve(r.double().reshape(len(r), -1), lower)
+            return x.reshape(r.shape).to(r.dtype)
+
+        return apply
 
     def effective_dimension(self, damping: float, *, probes: int = 4, seed: int = 0) -> float | None:
         """tr K (K + damping I)^-1 = N - damping tr (K + damping I)^-1, the trace by random signs (Hutchinson 1989);
@@ -128,11 +148,6 @@ class DampedGram:
         trace = float((signs * torch.cholesky_solve(signs, factor)).sum()) / probes
         return min(float(n), max(0.0, n - damping * trace))
 
-    def _system(self, damping: float) -> Tensor:
-        system = self._kernel.clone()
-        system.diagonal().add_(damping)
-        return system
-
     def _product(self, x: Tensor, damping: float) -> Tensor:
         return self._kernel @ x + damping * x
 
@@ -140,20 +155,29 @@ class DampedGram:
         """The Cholesky factor, or None, and the number of attempts."""
         if self._kept is not None and self._kept[0] == damping:
             return self._kept[1], self._kept[2]
-        system = self._system(damping)
-        mean = float(system.diagonal().mean())
+        diagonal = self._kernel.diagonal().clone()
+        mean = float(diagonal.mean()) + damping
         kept: Tensor | None = None
-        before, attempts = 0.0, 0
-        for jitter in JITTERS:
+        attempts = 0
+        for jitter in JITTERS if self._kernel.dtype == torch.float64 else JITTERS[:1]:
             attempts += 1
-            system.diagonal().add_((jitter - before) * mean)
-            before = jitter
-            factor, info = torch.linalg.cholesky_ex(system)
+            with self._raised(diagonal + damping + jitter * mean) as system:
+                factor, info = torch.linalg.cholesky_ex(system)
             if not int(info):
                 kept = factor
                 break
         self._kept = (damping, kept, attempts)
         return kept, attempts
+
+    @contextmanager
+    def _raised(self, diagonal: Tensor) -> Iterator[Tensor]:
+        """K with another diagonal for a while: a copy would be N^2 numbers more."""
+        before = self._kernel.diagonal().clone()
+        self._kernel.diagonal().copy_(diagonal)
+        try:
+            yield self._kernel
+        finally:
+            self._kernel.diagonal().copy_(before)
 
     def _refined(self, b: Tensor, factor: Tensor, damping: float, norm: float) -> tuple[Tensor, float]:
         right = b.reshape(len(b), -1)
@@ -168,11 +192,13 @@ class DampedGram:
         return x.reshape(b.shape), residual if math.isfinite(residual) else math.inf
 
     def _shaken(self, x: Tensor) -> float:
+        """Of K, not of K + damping I: the damping has no rounding. Some rows at a time: all squares are N^2 numbers."""
         if not self._noise:
             return 0.0
-        if self._squares is None:
-            self._squares = self._kernel.square()
-        return self._noise * float((self._squares @ x.square()).sum().sqrt())
+        squares, total = x.square(), 0.0
+        for start in range(0, len(x), ROWS):
+            total += float((self._kernel[start : start + ROWS].square() @ squares).sum())
+        return self._noise * math.sqrt(total)
 
 
 def _doubt(residual: float, shaken: float, noise: float, tolerance: float) -> str:

@@ -29,6 +29,8 @@ MOST_RANK = 2048
 """Of a low-rank preconditioner whose rank was left to the damping: N x 2048 numbers of memory."""
 RANK_PER_DIMENSION = 2.0
 """How many columns for each effective dimension, before more of them stop to pay."""
+GROWTH = 1.25
+"""How much larger a factor is when its eigenvalues are looked at again: each look costs as much as all its columns."""
 LEAST_LEVEL = 1e-13
 """Of the largest eigenvalue: what lies below is not told from rounding, with or without damping."""
 SMALL = 512
@@ -146,10 +148,15 @@ def rpcholesky(
         return _identity(len(left), left.device)
     generator, whole_diagonal = stream(seed), left
     factor = torch.zeros(len(left), 0, dtype=torch.float64, device=left.device)
-    rounding = torch.finfo(diagonal.dtype).eps
+    rounding, look = torch.finfo(diagonal.dtype).eps, 1.0
     while (rest := float(left.sum())) > max(tolerance, rounding) * whole and factor.shape[1] < most:
-        if rank is None and damping is not None and _enough(factor, rest, damping):
-            break
+        if rank is None and damping is not None:
+            if rest <= damping:
+                break
+            if factor.shape[1] >= look:
+                if _enough(factor, damping):
+                    break
+                look = GROWTH * factor.shape[1]
         index = _pivots(left, min(block, most - factor.shape[1]), generator)
         found = columns(index)
         rounding = max(rounding, torch.finfo(found.dtype).eps)
@@ -190,10 +197,9 @@ def _explained(residual: Tensor, index: Tensor, noise: float) -> Tensor:
     return residual @ inverse_root
 
 
-def _enough(factor: Tensor, rest: float, damping: float) -> bool:
-    if rest <= damping:
-        return True
-    if not factor.shape[1] or damping <= 0:
+def _enough(factor: Tensor, damping: float) -> bool:
+    """Whether there are enough columns for the effective dimension of what they explain."""
+    if damping <= 0:
         return False
     values = torch.linalg.eigvalsh(factor.t() @ factor).clamp_min(0)
     return factor.shape[1] >= RANK_PER_DIMENSION * float((values / (values + damping)).sum())

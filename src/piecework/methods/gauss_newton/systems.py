@@ -17,8 +17,12 @@ from torch import Tensor
 from ...group import Group
 from ...solvers import Solved
 from ...solvers.damped import DampedGram, pcg
+from ...solvers.linear import cg
 from ...solvers.precondition import Preconditioner
 from .jacobian import Jacobian
+
+MOST_REFINEMENTS = 12
+"""Products in float64 that may make good what float32 left of a solution, before K is formed in float64."""
 
 
 @dataclass(frozen=True)
@@ -79,12 +83,37 @@ class Sharded:
         return self.all(self.operator.mv(self.t_mv(v[self.own])))
 
 
+class Products:
+    """v -> K v for all rows (N,), on every rank, in that dtype. Collective.
+
+    J^T v and this rank's rows of K v are kept of the last v: conjugate gradients end with a product of their answer."""
+
+    def __init__(self, rows: Sharded, t_mv: Callable[[Tensor], Tensor], mv: Callable[[Tensor], Tensor]) -> None:
+        self._rows, self._t_mv, self._mv = rows, t_mv, mv
+        self._last: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def __call__(self, v: Tensor) -> Tensor:
+        step = self._t_mv(v[self._rows.own])
+        self._rows.group.sum_(step)
+        moved = self._mv(step)
+        self._last = (v, step, moved)
+        return self._rows.all(moved)
+
+    def of(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """J^T v (P,), and this rank's rows of K v."""
+        if self._last is None or self._last[0] is not v:
+            self(v)
+        assert self._last is not None
+        return self._last[1:]
+
+
 class SampleSpace:
     """K itself, formed once; a Cholesky factorisation for each damping.
 
-    single: whether to try in float32, where the model is; what that does not solve to the tolerance, its rounding
-    counted, is formed anew in float64, and `single` is False then. So is J^T g: at a small damping g is large, and
-    nearly all of it cancels."""
+    single: whether to try in float32, where the model is. What that does not solve to the tolerance, its rounding
+    counted, is refined by conjugate gradients with products of J in float64 and the float32 factor, where a few of them
+    cost less than K; else, or where that fails too, K is formed anew in float64, and `single` is False then. So is
+    J^T g: at a small damping g is large, and nearly all of it cancels."""
 
     def __init__(self, jacobian: Jacobian, group: Group, *, tolerance: float, single: bool) -> None:
         self._rows, self._jacobian, self._tolerance = Sharded(jacobian, group), jacobian, tolerance
@@ -95,12 +124,15 @@ class SampleSpace:
         group, dtype = self._rows.group, torch.float32 if self.single else torch.float64
         gram = self._jacobian.gathered(group).gram(dtype, None if group.size == 1 else self._rows.own)
         self._gram = self._rows.all(gram)
-        self._damped = DampedGram(self._gram, tolerance=self._tolerance, dtype=dtype)
+        self._damped = DampedGram(self._gram, tolerance=self._tolerance, dtype=dtype, symmetric=group.size == 1)
 
     def solve(self, v: Tensor, damping: float) -> Direction:
         right = self._rows.all(v)
         solved = self._damped.solve(right, damping)
         if self.single and not solved.residual <= self._tolerance:
+            refined = self._refined(right, damping)
+            if refined is not None:
+                return refined
             self.single = False
             self._form()
             solved = self._damped.solve(right, damping)
@@ -108,6 +140,30 @@ class SampleSpace:
         self._rows.group.sum_(step)
         moved = (self._gram[self._rows.own] @ solved.x).to(v.dtype)
         return Direction(step.to(v.dtype), moved, solved)
+
+    def _refined(self, right: Tensor, damping: float) -> Direction | None:
+        n, p, width = self._rows.num_rows, self._jacobian.num_columns, self._jacobian.width
+        if MOST_REFINEMENTS * 4 * p > n * width + n * n / 3:
+            return None
+        precondition = self._damped.inverse(damping)
+        if precondition is None:
+            return None
+        product = Products(
+            self._rows,
+            lambda v: self._jacobian.t_mv_in(torch.float64, v),
+            lambda w: self._jacobian.mv_in(torch.float64, w),
+        )
+        solved = cg(
+            lambda v: product(v) + damping * v,
+            right.double(),
+            precondition=precondition,
+            tolerance=self._tolerance,
+            max_iterations=MOST_REFINEMENTS,
+        )
+        if not solved.residual <= self._tolerance:
+            return None
+        step, moved = product.of(solved.x)
+        return Direction(step.to(right.dtype), moved.to(right.dtype), solved)
 
     def image(self, w: Tensor) -> Tensor:
         return self._rows.operator.mv(w)
@@ -236,16 +292,16 @@ class Krylov:
         self._preconditioner = preconditioner(self._rows) if preconditioner is not None else None
 
     def solve(self, v: Tensor, damping: float) -> Direction:
+        product = Products(self._rows, self._rows.operator.t_mv, self._rows.operator.mv)
         solved = pcg(
-            self._rows.product,
+            product,
             self._rows.all(v),
             damping,
             self._preconditioner,
             tolerance=self._tolerance,
             max_iterations=self._max_iterations,
         )
-        step = self._rows.t_mv(solved.x[self._rows.own])
-        return Direction(step, self._rows.operator.mv(step), solved)
+        return Direction(*product.of(solved.x), solved)
 
     def image(self, w: Tensor) -> Tensor:
         return self._rows.operator.mv(w)

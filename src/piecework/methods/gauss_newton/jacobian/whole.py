@@ -101,11 +101,22 @@ class Jacobian:
         if dtype == self.dtype:
             return self.t_mv(v)
         out = torch.zeros(self.num_columns, dtype=dtype, device=self.device)
-        size = max(1, TILE // max(1, self.num_outputs * self.width))
-        for start in range(0, self.num_samples, size):
-            part = slice(start, min(start + size, self.num_samples))
-            out += self.samples(part)._in(dtype).t_mv(v[part.start * self.num_outputs : part.stop * self.num_outputs])
+        for rows, some in self._tiles_in(dtype):
+            out += some.t_mv(v[rows])
         return out
+
+    def mv_in(self, dtype: torch.dtype, w: Tensor) -> Tensor:
+        """J w in that dtype, as `t_mv_in`; w: (P,) of that dtype."""
+        if dtype == self.dtype:
+            return self.mv(w)
+        return torch.cat([some.mv(w) for _, some in self._tiles_in(dtype)])
+
+    def _tiles_in(self, dtype: torch.dtype) -> Iterator[tuple[slice, Jacobian]]:
+        """Some samples at a time in that dtype, and which rows they are."""
+        size, c = max(1, TILE // max(1, self.num_outputs * self.width)), self.num_outputs
+        for start in range(0, self.num_samples, size):
+            stop = min(start + size, self.num_samples)
+            yield slice(start * c, stop * c), self.samples(slice(start, stop))._in(dtype)
 
     def product(self, v: Tensor) -> Tensor:
         """K v: (N,) or (N, k); 4 N P operations a column, and no forward pass. With C > 1 linear layers take 4 n P."""

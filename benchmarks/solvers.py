@@ -82,7 +82,7 @@ def shape_of(num: int, width: int, dimension: float, condition: float) -> Shape:
     inputs, units = FEATURES + 2 * width + 3, 2 * width + 1
     parameters = width * width + 19 * width + 1
     return Shape(
-        rows=num, columns=parameters, outputs=1, width=inputs + units, factors=True, double=False,
+        rows=num, columns=parameters, outputs=1, width=inputs + units, factors=True, double=False, single=True,
         inputs=width + 1, dimension=dimension, condition=condition, loose=TOLERANCE, tight=TOLERANCE,
     )  # fmt: skip
 

@@ -23,6 +23,7 @@ USUAL = Shape(
     width=2000,
     factors=True,
     double=False,
+    single=True,
     inputs=256,
     dimension=250.0,
     condition=1e4,
@@ -109,7 +110,7 @@ def test_a_processor_with_slow_float64_is_seen_as_one() -> None:
     slow = replace(RATES, gemm64=RATES.gemm64 / 40, cholesky64=RATES.cholesky64 / 40)
     assert slow.snapped().gemm64 == pytest.approx(RATES.gemm64 / SAME_KIND**3)
     assert slow.snapped().gemm32 == RATES.gemm32
-    large = {"rows": 10_000, "dimension": 1e4, "columns": 3_000_000, "double": True, "condition": 1e8}
+    large = {"rows": 10_000, "dimension": 1e4, "columns": 3_000_000, "double": True, "single": False, "condition": 1e8}
     assert (_cheapest(**large), _cheapest(slow, **large)) == ("exact", "sketch")
 
 

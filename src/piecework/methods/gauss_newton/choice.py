@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...solvers.precondition import Preconditioner
 from ...training import CannotTrain, DidNotSolve, stream
-from .cost import Estimate, Rates, Shape, Solver, estimates, measured, sketch_columns
+from .cost import MOST_NYSTROM, Estimate, Rates, Shape, Solver, estimates, measured, pilot, sketch_columns
 from .jacobian import Jacobian, Plan, predicted_bytes
 from .objective import LeastSquares, Point
 from .sketches import low_rank, nystrom_of, sketch_of, widest
@@ -24,16 +24,20 @@ if TYPE_CHECKING:
 
 SOLVERS = get_args(Solver)
 DIRECT = ("exact", "qr", "cholesky")
-MOST_NYSTROM = 512
-"""Rank of a Nystrom preconditioner: each is a product."""
+SURE = (*DIRECT, "sketch")
+"""Solvers that end within their iterations, whatever the condition."""
+WORTH = 10.0
+"""How many times the seconds of one that probably ends early these may take."""
 SMALL = 0.02
 """Seconds: a direct solver that is predicted to take less is taken without looking further."""
+FEW_OUTPUTS = 3
+"""From so many on products through the network's graph read less than factors, which have a part for each output."""
 MEMORY = 0.75
 """Of the machine's, where the recipe does not say."""
-CHEAP = 0.1
-"""Seconds: below it the pilot would cost as much as it could save."""
 PILOT_RANK = 128
 """Columns of K from which the effective dimension is guessed."""
+PILOT_SHARE = 0.1
+"""Of the least predicted seconds: a pilot that costs more than this is not made."""
 TRACE_PROBES = 8
 """Products of random signs from which the trace of K is estimated, where there are products alone."""
 FEWER = 0.7
@@ -118,11 +122,11 @@ class Choice:
                 "or scale the features or the start weights down"
             )
         damping = (self._recipe.damping or DAMPING) * unit if damping is None else damping
-        shape = self._shape(plan, point, jacobian, tolerance)
+        single = damping > max(SINGLE, self._double_below) * unit
+        shape = self._shape(plan, point, jacobian, tolerance, single)
         estimate = self._pick(shape, jacobian, damping, unit, step, rates, limit)
         near = self._tolerance(estimate.solver == "cg", tolerance)
         if jacobian is not None and estimate.solver in DIRECT:
-            single = damping > max(SINGLE, self._double_below) * unit
             system = self._direct(estimate.solver, jacobian, point.s, near, single=single)
         else:
             system = self._iterative(estimate.solver, jacobian, point, shape, damping, step, near)
@@ -153,7 +157,7 @@ class Choice:
         images = [rows.t_mv(v[rows.own]).double() for v in signs.to(point.s)]
         return sum(float(image.square().sum()) for image in images) / (TRACE_PROBES * point.num_rows)
 
-    def _shape(self, plan: Plan, point: Point, jacobian: Jacobian | None, tolerance: float) -> Shape:
+    def _shape(self, plan: Plan, point: Point, jacobian: Jacobian | None, tolerance: float, single: bool) -> Shape:
         n, p = point.num_rows, plan.num_parameters
         return Shape(
             rows=n,
@@ -162,6 +166,7 @@ class Choice:
             width=jacobian.width if jacobian is not None else p,
             factors=jacobian is not None,
             double=plan.dtype == torch.float64,
+            single=single and plan.dtype == torch.float32,
             inputs=widest(jacobian) if jacobian is not None else max(1, p),
             dimension=self._dimension or min(n, p) / 4,
             condition=self._condition or 1e4,
@@ -187,8 +192,8 @@ class Choice:
         if self._recipe.solver == "auto" and self._stale(step, damping, shape.rows):
             found = self._fitting(shape, snapped, damping, limit)
             quick = [one for one in found.values() if not one.iterations and one.seconds <= SMALL]
-            cheap = min(one.seconds for one in found.values()) <= CHEAP
-            if not quick and not cheap and jacobian is not None:
+            least = min(one.seconds for one in found.values())
+            if jacobian is not None and not quick and pilot(shape, snapped, PILOT_RANK) <= PILOT_SHARE * least:
                 shape = self._explored(shape, jacobian, damping)
                 found = self._fitting(shape, snapped, damping, limit)
             self._solver = self._cheapest(quick or list(found.values()), shape, damping / unit if unit > 0 else 0.0)
@@ -225,6 +230,9 @@ class Choice:
 
     def _cheapest(self, found: list[Estimate], shape: Shape, relative: float) -> Solver:
         best = min(found, key=lambda one: one.seconds)
+        if best.iterations > self._recipe.inner_iterations:
+            sure = [one for one in found if one.solver in SURE and one.seconds <= WORTH * best.seconds]
+            best = min(sure, key=lambda one: one.seconds, default=best)
         careful = next((one for one in found if one.solver == "qr"), None)
         squares = best.solver in ("cholesky", "exact") and shape.double and shape.columns <= shape.rows
         if careful is not None and squares:
@@ -235,11 +243,11 @@ class Choice:
     def _explored(self, shape: Shape, jacobian: Jacobian, damping: float) -> Shape:
         """With the effective dimension and the condition that some pivoted columns of K show."""
         rows = Sharded(jacobian, self._objective.group)
-        pilot = low_rank(jacobian, rows, damping, self._recipe.seed, min(PILOT_RANK, rows.num_rows))
-        values = getattr(pilot, "values", None)
+        found = low_rank(jacobian, rows, damping, self._recipe.seed, min(PILOT_RANK, rows.num_rows))
+        values = getattr(found, "values", None)
         largest = float(values[0]) if values is not None and len(values) else 1.0
         known = min(shape.rows, shape.columns)
-        self._dimension = min(float(known), max(1.0, pilot.effective_dimension(damping)))
+        self._dimension = min(float(known), max(1.0, found.effective_dimension(damping)))
         self._condition = (largest + damping) / damping if damping > 0 else 1e16
         return Shape(**{**shape.__dict__, "dimension": self._dimension, "condition": self._condition})
 
@@ -273,8 +281,9 @@ class Choice:
             per_row = recipe.sketch_rows or sketch_columns(shape, self._means()[0].snapped())[0]
             return sketch_of(jacobian, rows, recipe.sketch, per_row, seed)
 
+        factors = jacobian if shape.outputs < FEW_OUTPUTS else None
         return Krylov(
-            jacobian or self._objective.products(point),
+            factors or self._objective.products(point, keep=jacobian is not None),
             self._objective.group,
             tolerance=tolerance,
             max_iterations=recipe.inner_iterations,

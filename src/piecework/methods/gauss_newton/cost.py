@@ -16,22 +16,36 @@ from typing import Literal
 
 import torch
 
+from ...solvers.precondition import MOST_RANK
+
 Solver = Literal["exact", "qr", "cholesky", "cg", "rpchol", "nystrom", "sketch"]
 
-REFERENCE = {"gemm32": 1.0, "gemm64": 0.5, "skinny32": 0.25, "skinny64": 0.15, "cholesky64": 0.3, "qr64": 0.12}
+REFERENCE = {"gemm32": 1.0, "gemm64": 0.5, "skinny32": 0.5, "skinny64": 0.2, "cholesky64": 0.2, "qr64": 0.17}
 """Rates in units of the square float32 product, as two cores of a common processor have them."""
-SCALE = 1e11
+SCALE = 1.8e11
 """Operations a second of the reference's square float32 product."""
 SAME_KIND = 4.0
 """A measured ratio within this factor of its reference counts as the reference: noise must not decide between solvers,
 a processor with slow float64 must."""
-CHOLESKY_OF_GEMM = 0.6
+CHOLESKY_OF_GEMM = 0.5
 """The rate of a float32 Cholesky factorisation, in units of that of a product."""
+SVD_OF_QR = 0.6
+"""The rate of a singular value decomposition, 20 q^3 operations, in units of that of QR."""
 DAMPED_QR = 3.3
 """Operations of QR of two stacked triangles, in units of P^3."""
+PASSES = 12.0
+"""Over a matrix of N^2 numbers, while it is made and factored: sums of layers, fresh memory, triangles."""
+LOOKS = 2.8
+"""Eigenvalues of a growing factor, in units of the last look."""
+OVERHEAD = 4e-4
+"""Seconds of an iteration beside its operations: some tens of small calls."""
+MOST_NYSTROM = 512
+"""Rank of a Nystrom preconditioner: each is a product."""
 PRECONDITIONED = 12.0
 """Iterations with a low-rank preconditioner of twice the effective dimension, to a tolerance of a hundredth."""
-SKETCHES = ((4.0, 10.0), (8.0, 6.5), (16.0, 5.0))
+PLAIN = 1.0
+"""Iterations to a tolerance of a hundredth without a preconditioner, in units of the root of the condition."""
+SKETCHES = ((4.0, 22.0), (8.0, 14.0), (16.0, 10.0))
 """Columns of a sketch of sampled units for each row (units times their inputs), and the iterations to a tolerance of a
 hundredth that they leave."""
 
@@ -39,9 +53,9 @@ hundredth that they leave."""
 @dataclass(frozen=True)
 class Shape:
     """What the costs depend on. rows: N; columns: P; outputs: C; width: Sigma of `Jacobian.width`; factors: whether
-    every layer has factors; double: whether the model is float64; inputs: of the layer with most parameters, for
-    sampled units; dimension: d; condition: (largest eigenvalue of K + damping) / damping; loose, tight: relative
-    residuals to which conjugate gradients go without and with a preconditioner."""
+    every layer has factors; double: whether the model is float64; single: whether K may be float32; inputs: of the
+    layer with most parameters, for sampled units; dimension: d; condition: (largest eigenvalue of K + damping) /
+    damping; loose, tight: relative residuals to which conjugate gradients go without and with a preconditioner."""
 
     rows: int
     columns: int
@@ -49,6 +63,7 @@ class Shape:
     width: int
     factors: bool
     double: bool
+    single: bool
     inputs: int
     dimension: float
     condition: float
@@ -84,7 +99,8 @@ class Rates:
         found = {}
         for name, usual in REFERENCE.items():
             ratio = getattr(self, name) / self.gemm32 / usual
-            found[name] = SCALE * usual * SAME_KIND ** round(math.log(ratio, SAME_KIND) * 0.999)
+            powers = math.log(ratio, SAME_KIND)
+            found[name] = SCALE * usual * SAME_KIND ** (round(powers) if abs(powers) >= 1 else 0)
         return replace(self, **found)
 
 
@@ -111,11 +127,14 @@ def measured(device: str, num_threads: int) -> Rates:
     found: dict[str, float] = {}
     for bits, dtype in (("32", torch.float32), ("64", torch.float64)):
         a, tall, narrow = matrix(768, 768, dtype), matrix(4096, 64, dtype), matrix(64, 64, dtype)
+
+        def product(tall: torch.Tensor = tall, narrow: torch.Tensor = narrow) -> torch.Tensor:
+            """As with the factors of a layer: J w, then J^T of it."""
+            v = ((tall @ narrow) * tall).sum(1)
+            return (tall * v[:, None]).t() @ tall
+
         found["gemm" + bits] = rate(2 * 768**3, lambda a=a: a @ a)  # type: ignore[misc]
-        found["skinny" + bits] = rate(
-            2 * 4096 * 64 * 64,
-            lambda tall=tall, narrow=narrow: ((tall @ narrow) * tall).sum(1),  # type: ignore[misc]
-        )
+        found["skinny" + bits] = rate(4 * 4096 * 64 * 64, product)
     a = matrix(768, 768, torch.float64)
     definite = a @ a.t() + 1e3 * torch.eye(768, dtype=a.dtype, device=where)
     found["cholesky64"] = rate(768**3 / 3, lambda: torch.linalg.cholesky_ex(definite))
@@ -131,11 +150,11 @@ def estimates(shape: Shape, rates: Rates, known: Mapping[str, float]) -> dict[So
     n, p, d = float(shape.rows), float(shape.columns), max(1.0, shape.dimension)
     size = 8 if shape.double else 4
     skinny = rates.skinny64 if shape.double else rates.skinny32
-    gemm = rates.gemm64 if shape.double else rates.gemm32
-    product = _product(shape) / skinny
+    product = _product(shape) / skinny + OVERHEAD
     digits = max(0.5, -math.log10(shape.tight) / 2)
-    free = min(0.7 * math.sqrt(shape.condition), 7 * d) * max(0.5, -math.log10(shape.loose) / 2)
-    rank = min(n / 2, max(32.0, 2 * d))
+    free = min(PLAIN * math.sqrt(shape.condition), 7 * d) * max(0.5, -math.log10(shape.loose) / 2)
+    most = rank = min(n / 2, MOST_RANK, max(32.0, 2 * d))
+    few = PRECONDITIONED * digits * math.sqrt(max(1.0, 2 * d / rank))
     found: dict[Solver, Estimate] = {}
 
     def add(solver: Solver, build: float, memory: float, iterations: float = 0.0, each: float = 0.0) -> None:
@@ -144,21 +163,29 @@ def estimates(shape: Shape, rates: Rates, known: Mapping[str, float]) -> dict[So
 
     if shape.factors:
         single = CHOLESKY_OF_GEMM * rates.gemm32
-        cholesky = rates.cholesky64 if shape.double else single
-        add("exact", n * n * shape.width / gemm + n**3 / 3 / cholesky, 24 * n * n)
-        add("rpchol", (2 * rank * n * shape.width + 4 * rank**2 * n) / rates.gemm64, 16 * n * rank,
-            PRECONDITIONED * digits, 4 * n * rank * 8 / rates.bandwidth)  # fmt: skip
+        gemm, cholesky = (rates.gemm32, single) if shape.single else (rates.gemm64, rates.cholesky64)
+        passes = PASSES * n * n * (4 if shape.single else 8) / rates.bandwidth
+        add("exact", n * n * shape.width / gemm + n**3 / 3 / cholesky + passes, 24 * n * n)
+        low = 2 * rank * n * shape.width / rates.gemm64 + (2 * LOOKS + 4) * rank**2 * n / rates.gemm64
+        low += (2 * n * rank**2 + 20 * rank**3 / SVD_OF_QR) / rates.qr64
+        add("rpchol", low, 16 * n * rank, few, 4 * n * rank * 8 / rates.bandwidth)
         columns, iterations = sketch_columns(shape, rates)
         sampled = min(float(shape.width), columns * n / shape.inputs + shape.inputs)
-        add("sketch", n * n * sampled / rates.gemm32 + n**3 / 3 / single, 12 * n * n,
-            iterations * digits, 2 * n * n * 8 / rates.bandwidth)  # fmt: skip
+        add("sketch", n * n * sampled / rates.gemm32 + n**3 / 3 / single + PASSES * n * n * 4 / rates.bandwidth,
+            12 * n * n, iterations * digits, n * n * 8 / rates.bandwidth)  # fmt: skip
         rows_made = n * p * 8 / rates.bandwidth
         add("qr", rows_made + (2 * n * p * p + DAMPED_QR * p**3) / rates.qr64, 40 * p * p)
         add("cholesky", rows_made + 2 * n * p * p / rates.gemm64 + p**3 / 3 / rates.cholesky64, 24 * p * p)
     add("cg", 0.0, 6 * size * n, free)
-    add("nystrom", rank * product + 4 * rank**2 * n / rates.gemm64, 16 * n * rank,
-        PRECONDITIONED * digits, 4 * n * rank * 8 / rates.bandwidth)  # fmt: skip
+    rank = min(rank, MOST_NYSTROM)
+    add("nystrom", rank * product + 4 * rank**2 * n / rates.gemm64, 16 * n * rank, few * math.sqrt(most / rank),
+        4 * n * rank * 8 / rates.bandwidth)  # fmt: skip
     return found
+
+
+def pilot(shape: Shape, rates: Rates, rank: int) -> float:
+    """Seconds of that many pivoted columns of K, in float64."""
+    return (2 * rank * shape.rows * shape.width + 10 * rank**2 * shape.rows) / rates.skinny64
 
 
 def _product(shape: Shape) -> float:

@@ -159,8 +159,8 @@ class LeastSquares:
             found.append(capture(self.model, settled, x, columns)[1])
         return found[0] if len(found) == 1 else concatenate(found)
 
-    def products(self, point: Point) -> MatrixFree | Jacobian:
-        """J of this rank's rows as products, whose graphs are made anew for each tile."""
+    def products(self, point: Point, *, keep: bool = False) -> MatrixFree | Jacobian:
+        """J of this rank's rows as products; keep: their graphs, which are about as much memory as factors are."""
         batch, z, loss = point.batch, point.at.z, self.loss
         if not len(batch):
             return self.jacobian(batch)
@@ -172,6 +172,7 @@ class LeastSquares:
             root_mv=lambda v, part: loss.root_mv(z[part], y[part], v),
             root_t_mv=lambda v, part: loss.root_t_mv(z[part], y[part], v),
             tile=self.tile,
+            keep=keep or None,
             forward_mode=self._forward_mode,
         )
         if self._forward_mode is None:  # tested once: the test is a product

@@ -40,9 +40,9 @@ class MatrixFree:
     """J (N, P) of some samples as products; N = n C, and columns in the order of `trainable(model, ...)`.
 
     x: (n, ...). num_outputs: C, needed with a root; k without. root_mv: ((b, C), part) -> B v, (b, k), of the samples
-    `part`; root_t_mv: ((b, k), part) -> B^T z, (b, C); without them B is the unit matrix. tile: samples whose graphs
-    exist at once. With all of them (None) the graphs are built once and kept until the object goes; with fewer they
-    are built anew in each product, 4 n P operations more.
+    `part`; root_t_mv: ((b, k), part) -> B^T z, (b, C); without them B is the unit matrix. tile: samples that pass
+    through the network at once; None is all. keep: whether their graphs are built once and kept until the object goes,
+    or built anew in each product, 4 n P operations more; None keeps them where there is one tile.
 
     forward_mode: J w by torch.func.jvp, a forward pass each time, for operations whose backward pass has no
     derivative; None finds out in the first product, by one more backward pass, and then holds what was found.
@@ -59,6 +59,7 @@ class MatrixFree:
         root_mv: Root | None = None,
         root_t_mv: Root | None = None,
         tile: int | None = None,
+        keep: bool | None = None,
         forward_mode: bool | None = None,
     ) -> None:
         if (root_mv is None) != (root_t_mv is None) or (root_mv is None) != (num_outputs is None):
@@ -70,7 +71,8 @@ class MatrixFree:
         self._names = [name for name, p in model.named_parameters() if p.requires_grad]
         self._root_mv, self._root_t_mv = root_mv, root_t_mv
         self._tile = len(x) if tile is None else min(tile, len(x))
-        self._kept: _Graph | None = None
+        self._keep = self._tile == len(x) if keep is None else keep
+        self._kept: list[tuple[slice, _Graph]] = []
         self.forward_mode = forward_mode
         if num_outputs is None:
             with torch.enable_grad():  # models with derivatives inside need it
@@ -101,14 +103,11 @@ class MatrixFree:
         return self.mv(self.t_mv(v))
 
     def _graphs(self, *, need_double: bool) -> Iterator[tuple[slice, _Graph]]:
-        if self._tile == len(self._x):
-            if self._kept is None:
-                self._kept = self._graph(slice(0, len(self._x)), need_double=True)
-            yield slice(0, len(self._x)), self._kept
-            return
-        for start in range(0, len(self._x), self._tile):
-            part = slice(start, min(start + self._tile, len(self._x)))
-            yield part, self._graph(part, need_double=need_double)
+        size = len(self._x)
+        parts = [slice(start, min(start + self._tile, size)) for start in range(0, size, self._tile)]
+        if self._keep and not self._kept:
+            self._kept = [(part, self._graph(part, need_double=True)) for part in parts]
+        yield from self._kept or ((part, self._graph(part, need_double=need_double)) for part in parts)
 
     def _graph(self, part: slice, *, need_double: bool) -> _Graph:
         with torch.enable_grad():
@@ -123,9 +122,7 @@ class MatrixFree:
         rows = v[part.start * self.num_outputs : part.stop * self.num_outputs].to(graph.z.dtype)
         rows = rows.view(-1, self.num_outputs)
         seed = rows if self._root_mv is None else self._root_mv(rows, part)
-        grads = torch.autograd.grad(
-            graph.z, self._parameters, seed, retain_graph=self._kept is not None, materialize_grads=True
-        )
+        grads = torch.autograd.grad(graph.z, self._parameters, seed, retain_graph=self._keep, materialize_grads=True)
         return packed(grads).to(v.dtype)
 
     def _push(self, graph: _Graph, part: slice, w: Tensor) -> Tensor:
@@ -141,7 +138,7 @@ class MatrixFree:
         pairs = [(g, t) for g, t in zip(graph.pulled, tangents, strict=True) if g.requires_grad]
         pulled, kept = [g for g, _ in pairs], [t for _, t in pairs]
         # In tiles the graph of z is needed once more, until it is known that the products are right.
-        keep = self._kept is not None or self.forward_mode is None
+        keep = self._keep or self.forward_mode is None
         (moved,) = torch.autograd.grad(pulled, graph.u, kept, retain_graph=keep, materialize_grads=True)
         return moved
 

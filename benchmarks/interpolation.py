@@ -43,7 +43,7 @@ class Entry:
 
 TASKS = {"digits": Task((64,), None, 60.0), "mnist": Task((128,), 10_000, 300.0)}
 RATES, BATCHES = (1e-2, 3e-2, 1e-1), (64, 128, 256)
-SAMPLE_ROWS, DAMPINGS = (200, 500, 1000), (0.1, 0.3, 1.0)
+SAMPLE_ROWS, DAMPINGS = (500, 1000, 2000), (3.0, 10.0, 30.0)
 TUNING_SEED = 100
 
 

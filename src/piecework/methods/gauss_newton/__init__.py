@@ -55,7 +55,7 @@ class GaussNewton:
     or a sketch; auto: the cheapest by a cost model that measures the machine."""
     damping: float | None = None
     """Relative to the mean diagonal of K: at the start, from where it follows the gain ratio; on samples the least.
-    None is 1e-3, and 1 where a damping that proves too small would cost many products (cg, rpchol, nystrom; not on
+    None is 1e-3, and 30 where a damping that proves too small would cost many products (cg, rpchol, nystrom; not on
     samples)."""
     adapt: bool = True
     """Change the damping by the gain ratio and take back steps that do not lower the loss; without, a fixed damping and

@@ -32,7 +32,7 @@ MOST_DAMPING = 1e18
 """Relative too: a step is then less than rounding, and stalls one after the other do not overflow."""
 DEAR_RETRIES = ("cg", "rpchol", "nystrom")
 """Solvers for which a damping that proves too small costs many products."""
-CAREFUL_DAMPING = 1.0
+CAREFUL_DAMPING = 30.0
 """Relative damping at the start for those."""
 
 

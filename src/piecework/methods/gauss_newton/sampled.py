@@ -83,18 +83,20 @@ class SampledSteps:
     def _search(self, point: Point, made: Linearised, number: int) -> dict[str, float]:
         """Take the step, where the recipe adapts with a damping at which the loss of the sample falls."""
         objective, recipe, mu = self._objective, self._recipe, self._recipe.momentum
-        before = self._phi if mu and self._phi is not None else torch.zeros((), device=objective.device)
-        rest = point.s - mu * made.system.image(before) if before.dim() else point.s
+        before, image = torch.zeros_like(point.weights), torch.zeros_like(point.s)
+        if mu and self._phi is not None:
+            before, image = self._phi, made.system.image(self._phi)
+        rest = point.s - mu * image
         lr = rate(number, recipe.lr, recipe.sample_steps)
         rejected, ratio = 0, math.nan
         while True:
             damping = self._raised * (recipe.damping or DAMPING) * made.unit
             direction = made.system.solve(rest, damping)
-            phi = mu * before + direction.step
-            move = lr * averaged(phi, mu, number + 1)
-            objective.move_((point.weights.double() - move.double()).to(objective.dtype))
+            phi, moved = mu * before + direction.step, mu * image + direction.moved
+            length = lr * unbiased(mu, number + 1)
+            objective.move_((point.weights.double() - length * phi.double()).to(objective.dtype))
             if recipe.adapt:
-                ratio = self._ratio(point, made.system.image(move))
+                ratio = self._ratio(point, length * moved)
             if ratio > 0 or not recipe.adapt:
                 self._phi = phi if mu else None
                 break
@@ -158,6 +160,6 @@ def rate(step: int, lr: float, steps: int | None) -> float:
     return lr if steps is None else lr * max(0.0, 1 - step / steps)
 
 
-def averaged(phi: Tensor, momentum: float, step: int) -> Tensor:
-    """phi without the bias of its start at 0; step counts from 1."""
-    return phi / (1 - momentum ** (2 * step)) ** 0.5 if momentum else phi
+def unbiased(momentum: float, step: int) -> float:
+    """What takes the bias of its start at 0 from phi; step counts from 1."""
+    return (1 - momentum ** (2 * step)) ** -0.5 if momentum else 1.0

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels import outer_rows, relu_factors, tanh_jacobian
-from piecework.solvers import Solved, cg, sketch
+from piecework.solvers import Solved, cg, damped, sketch
 from piecework.solvers.damped import (
+    DampedGram,
     exact,
     nystrom_pcg,
     pcg,
@@ -246,6 +247,42 @@ def test_the_precision_of_a_kernel_can_be_told() -> None:
     assert not told.ok
     assert exact(single.double(), y, damping).residual < 1e-10  # it cannot know
     assert exact(single, y, damping, rounding=0.0).ok
+
+
+def test_single_precision_gets_one_attempt_and_no_eigenvalues(monkeypatch: pytest.MonkeyPatch) -> None:
+    """9 N^3 in float64 are not for work whose next attempt is float64 anyhow."""
+    monkeypatch.setattr(damped, "_by_eigenvalues", lambda *_: pytest.fail("eigenvalues of float32"))
+    values = torch.tensor([1.0, 0.5, -0.2])
+    basis = torch.linalg.qr(_randn(3, 3)).Q.float()
+    made = DampedGram(basis @ torch.diag(values) @ basis.t(), dtype=torch.float32)
+    assert made.inverse(0.0) is None
+    solved = made.solve(torch.ones(3), 0.0)
+    assert (solved.ok, solved.iterations, solved.residual) == (False, 1, math.inf)
+    assert made.solve(torch.ones(3), 0.5).ok
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_inverse_of_a_factor_is_what_solves(dtype: torch.dtype) -> None:
+    rows, rhs = _randn(24, 30), _randn(24, seed=1)
+    made = DampedGram((rows @ rows.t()).to(dtype), dtype=dtype)
+    inverse = made.inverse(0.3)
+    assert inverse is not None
+    assert torch.allclose(inverse(torch.stack([rhs, 2 * rhs], 1))[:, 1], 2 * inverse(rhs), rtol=1e-12)
+    exactly = torch.linalg.solve(rows @ rows.t() + 0.3 * torch.eye(24, dtype=rows.dtype), rhs)
+    assert float((inverse(rhs) - exactly).norm() / exactly.norm()) < (1e-12 if dtype == torch.float64 else 1e-3)
+
+
+def test_a_kernel_is_left_as_it_was() -> None:
+    """Dampings and what repairs a factorisation are added to the diagonal in place, and taken off again to the bit."""
+    values = torch.tensor([1.0, 0.5, 1e-17], dtype=torch.float64)
+    basis = torch.linalg.qr(_randn(3, 3)).Q
+    kernel = basis @ torch.diag(values) @ basis.t()
+    kernel = (kernel + kernel.t()) / 2
+    before = kernel.clone()
+    made = DampedGram(kernel, symmetric=True)
+    for damping in (0.1, 0.0, 0.3):
+        made.solve(torch.ones(3, dtype=torch.float64), damping)
+    assert torch.equal(kernel, before)
 
 
 def test_many_dampings_of_one_kernel_are_each_solved_in_double() -> None:

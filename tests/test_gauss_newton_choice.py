@@ -91,6 +91,32 @@ def test_a_tighter_tolerance_and_a_worse_condition_cost_iterations() -> None:
     assert estimates(replace(USUAL, condition=4e4), RATES, {})["cg"].iterations == pytest.approx(2 * usual)
 
 
+def test_low_rank_that_is_too_low_costs_iterations() -> None:
+    enough = {"rows": 30_000, "dimension": 200.0}
+    usual, capped = (estimates(replace(USUAL, **{**enough, **more}), RATES, {}) for more in ({}, {"dimension": 2e4}))
+    for name in ("rpchol", "nystrom"):
+        assert capped[name].iterations > 3 * usual[name].iterations
+
+
+def test_a_kernel_in_double_is_counted_as_one() -> None:
+    once, double = (estimates(replace(USUAL, rows=10_000, single=single), RATES, {}) for single in (True, False))
+    assert 1.5 < double["exact"].seconds / once["exact"].seconds < 4
+    assert double["sketch"].seconds == once["sketch"].seconds
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(250, "exact"), (10_000, "cg")])
+def test_a_solver_that_would_end_early_gives_way_to_a_sure_one(limit: int, expected: str) -> None:
+    """6e6 of condition: some 2500 iterations that are predicted to be cheaper than K."""
+    model = network()
+    choice = bind(model, inner_iterations=limit)._choice
+    shape = replace(USUAL, rows=16_000, columns=12_000, width=400, dimension=1e4, condition=6e6)
+    found = estimates(shape, RATES, {})
+    cheap = replace(found["cg"], seconds=found["exact"].seconds / 2)
+    assert choice._cheapest([found["exact"], cheap], shape, 1e-3) == expected
+    assert choice._cheapest([found["rpchol"], replace(cheap, seconds=found["rpchol"].seconds / 2)], shape, 1e-3) == "cg"
+    assert choice._cheapest([found["exact"], replace(cheap, seconds=found["exact"].seconds / 11)], shape, 1e-3) == "cg"
+
+
 # -- rates -------------------------------------------------------------------------------------------------------------
 
 

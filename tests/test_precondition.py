@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -200,6 +201,23 @@ def test_the_rank_follows_the_effective_dimension() -> None:
         assert made.effective_dimension(damping) == pytest.approx(dimension, rel=0.05)
         assert _iterations(made, kernel, y, damping) <= 10
     assert _pivoted(kernel, damping=10 * float(kernel.trace()), block=16).rank == 0  # less is left than the damping
+
+
+def test_eigenvalues_are_looked_at_as_the_factor_grows_and_not_at_every_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = []
+    values = torch.linalg.eigvalsh
+
+    def counted(matrix: Tensor) -> Tensor:
+        looks.append(len(matrix))
+        return values(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigvalsh", counted)
+    rows = torch.randn(400, 500, generator=stream(3), dtype=torch.float64)
+    kernel = rows @ rows.t()
+    made = rpcholesky(lambda index: kernel[:, index], kernel.diagonal(), damping=1e-3, block=4)
+    assert made.rank == 200
+    assert len(looks) < 20  # of 50 blocks
+    assert all(later >= 1.25 * earlier for earlier, later in pairwise(looks))
 
 
 def test_pivoted_cholesky_needs_as_few_iterations_as_measured_before() -> None:

@@ -20,13 +20,13 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("tile", [None, 2])
+@pytest.mark.parametrize(("tile", "keep"), [(None, None), (2, None), (2, True), (None, False)])
 @pytest.mark.parametrize("name", [name for name in CASES if name not in ("torch attention", "sparse embedding")])
-def test_products_are_those_of_the_matrix(name: str, tile: int | None) -> None:
+def test_products_are_those_of_the_matrix(name: str, tile: int | None, keep: bool | None) -> None:
     case = CASES[name]
     model = filled(case.make())
     right = dense(model, case.x, by_autograd=case.by_autograd).flatten(0, 1)
-    free = MatrixFree(model, case.x, tile=tile)
+    free = MatrixFree(model, case.x, tile=tile, keep=keep)
     assert (free.num_rows, free.num_columns) == tuple(right.shape)
     w, v = randn(right.shape[1], seed=5), randn(right.shape[0], 2, seed=6)
     for _ in range(2):  # kept graphs serve again

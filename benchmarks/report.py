@@ -34,6 +34,7 @@ def processor() -> str:
 
 def write(name: str, title: str, sections: Sequence[tuple[str, Sequence[str], Sequence[Sequence[object]]]]) -> Path:
     """Write results/<name>.md: sections of (text, header, rows), and print it."""
+    threads = torch.get_num_threads()
     dirty = " (with uncommitted changes)" if _output("git", "status", "--porcelain", "--", "../src") else ""
     lines = [
         f"# {title}",
@@ -41,7 +42,7 @@ def write(name: str, title: str, sections: Sequence[tuple[str, Sequence[str], Se
         f"- command: `{shlex.join(['python', f'benchmarks/{Path(sys.argv[0]).name}', *sys.argv[1:]])}`",
         f"- commit: {_output('git', 'rev-parse', '--short', 'HEAD')}{dirty}, {datetime.date.today()}",
         f"- machine: {processor()}, {os.cpu_count()} cores, {platform.system()}; torch {torch.__version__}, "
-        f"{torch.get_num_threads()} threads",
+        f"{threads} {'thread' if threads == 1 else 'threads'}",
     ]
     for text, header, rows in sections:
         lines += ["", text] if text else []

@@ -1,8 +1,8 @@
 """Seconds until a network makes no error on its training rows: `python benchmarks/interpolation.py`.
 
 digits (64-64-10, all training rows) and MNIST's first 10,000 (784-128-10), relu, softmax, float32. gauss-newton on
-samples (rows and damping) and adam (learning rate and batch size) are tuned for these seconds with the same number of
-trials, from a start of their own (seed 100); gauss-newton on all rows and L-BFGS run with their defaults. A run is
+samples (rows and damping) and adam (learning rate and batch size) are tuned for these seconds with at most nine
+trials each, from a start of their own (seed 100); gauss-newton on all rows and L-BFGS run with their defaults. A run is
 scored after every quarter of an epoch (adam) or every step, or where that is less than 5 % of the time passed, after
 that; seconds are training seconds without scoring. Test rows choose nothing.
 """
@@ -145,7 +145,7 @@ def main() -> None:
     about = (
         f"seeds 0..{arguments.seeds - 1}, medians [range]; adam: learning rate from {RATES} by batches of {BATCHES}; "
         f"gauss-newton: rows from {SAMPLE_ROWS} by damping from {DAMPINGS}, at a constant lr of 1; "
-        f"{len(RATES) * len(BATCHES)} trials each for the seconds to no training error, seed {TUNING_SEED}"
+        f"at most {len(RATES) * len(BATCHES)} trials each for the seconds to no training error, seed {TUNING_SEED}"
     )
     sections: list[tuple[str, list[str], list[list[object]]]] = [(about, [], [])]
     for name in arguments.sets:

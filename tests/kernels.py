@@ -41,3 +41,9 @@ def tanh_jacobian(num: int, *, width: int = 64, seed: int = 0) -> tuple[Tensor, 
     one = torch.ones(num, 1, dtype=torch.float64)
     rows = [outer_rows(x, d1), d1, outer_rows(h1, d2), d2, h2, one]
     return x, torch.cat(rows, 1), torch.sin(3 * x[:, 0]) + x[:, 0] * x[:, 1]
+
+
+def true_residual(rows: Tensor, rhs: Tensor, damping: float, x: Tensor) -> float:
+    """|K x + damping x - rhs| / |rhs| in float64."""
+    rows, rhs, x = rows.double(), rhs.double(), x.double()
+    return float((rows @ (rows.t() @ x) + damping * x - rhs).norm() / rhs.norm())

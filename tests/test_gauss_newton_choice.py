@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from jacobian_cases import dense
+from piecework.methods.gauss_newton import choice
 from piecework.methods.gauss_newton.choice import SOLVERS
 from piecework.methods.gauss_newton.cost import REFERENCE, SAME_KIND, SCALE, Estimate, Rates, Shape, Solver, estimates
 from piecework.training import Batch, CannotTrain
@@ -108,13 +109,13 @@ def test_a_kernel_in_double_is_counted_as_one() -> None:
 def test_a_solver_that_would_end_early_gives_way_to_a_sure_one(limit: int, expected: str) -> None:
     """6e6 of condition: some 2500 iterations that are predicted to be cheaper than K."""
     model = network()
-    choice = bind(model, inner_iterations=limit)._choice
+    choose = bind(model, inner_iterations=limit)._choice._cheapest
     shape = replace(USUAL, rows=16_000, columns=12_000, width=400, dimension=1e4, condition=6e6)
     found = estimates(shape, RATES, {})
     cheap = replace(found["cg"], seconds=found["exact"].seconds / 2)
-    assert choice._cheapest([found["exact"], cheap], shape, 1e-3) == expected
-    assert choice._cheapest([found["rpchol"], replace(cheap, seconds=found["rpchol"].seconds / 2)], shape, 1e-3) == "cg"
-    assert choice._cheapest([found["exact"], replace(cheap, seconds=found["exact"].seconds / 11)], shape, 1e-3) == "cg"
+    assert choose([found["exact"], cheap], shape, 1e-3) == expected
+    assert choose([found["rpchol"], replace(cheap, seconds=found["rpchol"].seconds / 2)], shape, 1e-3) == "cg"
+    assert choose([found["exact"], replace(cheap, seconds=found["exact"].seconds / 11)], shape, 1e-3) == "cg"
 
 
 # -- rates -------------------------------------------------------------------------------------------------------------
@@ -239,6 +240,21 @@ def test_an_estimate_says_what_it_counted_on() -> None:
     found = estimates(USUAL, RATES, {})
     assert all(isinstance(one, Estimate) and one.solver == name for name, one in found.items())
     assert all(one.iterations > 0 for name, one in found.items() if name in ("cg", "rpchol", "nystrom", "sketch"))
+
+
+@pytest.mark.parametrize(("seconds", "made"), [(0.0, True), (1e9, False)])
+def test_a_pilot_is_made_only_where_it_is_cheap(seconds: float, made: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "SMALL", 0.0)  # nothing is quick
+    monkeypatch.setattr(choice, "pilot", lambda *_: seconds)
+    training = bind(network())
+    training.step(rows(53))
+    assert (training.state_dict()["choice"]["dimension"] > 0) == made
+
+
+@pytest.mark.parametrize(("solver", "damping"), [("exact", 1e-3), ("sketch", 1e-3), ("cg", 30.0), ("rpchol", 30.0)])
+def test_solvers_whose_retries_are_dear_start_with_more_damping(solver: str, damping: float) -> None:
+    told = metrics(bind(network(), solver=solver, adapt=False), rows(53))
+    assert told["damping"] == pytest.approx(damping)
 
 
 # -- single precision --------------------------------------------------------------------------------------------------

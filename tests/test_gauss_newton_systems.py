@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from jacobian_cases import dense, relative
-from piecework import Batch, Solo, losses
+from piecework import Batch, Group, Solo, losses
 from piecework.methods.gauss_newton.jacobian import Jacobian, MatrixFree
 from piecework.methods.gauss_newton.objective import LeastSquares
 from piecework.methods.gauss_newton.systems import MOST_REFINEMENTS, Krylov, SampleSpace
+from piecework.testing import threads
 from plain_gauss_newton import SQUARED, bind, direction, named, network, plain, rows
 
 
@@ -80,6 +81,25 @@ def test_what_single_precision_leaves_is_refined_with_the_same_factor(
     right = j.t() @ point.s.double()
     assert float(((j.t() @ j + damping * eye) @ found.step.double() - right).norm() / right.norm()) < 1e-4
     assert relative(found.moved.double(), j @ found.step.double()) < 1e-4
+
+
+def test_ranks_refine_alike_and_one_may_have_no_rows() -> None:
+    objective, batch = _least_squares(90, (3,), torch.float32)
+    point, jacobian = objective.point(batch), objective.jacobian(batch)
+    damping = 1e-5 * float(jacobian.diagonal().mean())
+    alone = SampleSpace(jacobian, Solo(), tolerance=1e-5, single=True)
+    whole = alone.solve(point.s, damping)
+
+    def work(group: Group) -> tuple[bool, Tensor]:
+        own = slice(0, 0) if group.rank == 1 else slice(0, 50) if group.rank == 0 else slice(50, 90)
+        system = SampleSpace(jacobian.samples(own), group, tolerance=1e-5, single=True)
+        step = system.solve(point.s[own], damping).step
+        return system.single, step
+
+    assert alone.single
+    for single, step in threads(3, work):
+        assert single
+        assert relative(step, whole.step) < 1e-3
 
 
 @pytest.mark.parametrize(("case", "graph"), [("squared", False), ("softmax", True), ("squared-3", True)])

@@ -54,10 +54,11 @@ def exact(
 class DampedGram:
     """K + damping I in float64 for several dampings and right-hand sides; the last factorisation is kept.
 
-    gram: K (N, N), symmetrised here unless it is `symmetric` to the last bit. Cholesky with iterative refinement; where
-    the matrix is not numerically definite, with 1e-15, 1e-13, 1e-11 of the mean diagonal added, which refinement takes
-    out again; where none of them is enough, or the residual exceeds 0.1, an eigen-decomposition whose small eigenvalues
-    are cut softly. N^3 / 3 for each damping, against 9 N^3 for eigenvalues that would serve all.
+    gram: K (N, N), symmetrised here unless it is `symmetric` to the last bit; then it is not copied, and its diagonal
+    is raised for the time of a factorisation. Cholesky with iterative refinement; where the matrix is not numerically
+    definite, with 1e-15, 1e-13, 1e-11 of the mean diagonal added, which refinement takes out again; where none of them
+    is enough, or the residual exceeds 0.1, an eigen-decomposition whose small eigenvalues are cut softly. N^3 / 3 for
+    each damping, against 9 N^3 for eigenvalues that would serve all.
 
     tolerance: a relative residual above this comes with a reason. float64 itself leaves about 1e-16 |K| |g| / |r|: on
     kernels of smooth networks with a right-hand side that is not smooth, 1e-6 is lost at a damping of about 1e-9 of the

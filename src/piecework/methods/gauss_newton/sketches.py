@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...solvers.precondition import Preconditioner, nystrom, rpcholesky, sampled, sketched
 from .jacobian import Factors, Jacobian
-from .systems import Sharded
+from .systems import Products, Sharded
 
 Sketch = Literal["units", "tensorsketch", "tensor-srht", "count", "sparse-sign", "srht"]
 
@@ -43,4 +43,4 @@ def low_rank(jacobian: Jacobian, rows: Sharded, damping: float, seed: int, rank:
 
 def nystrom_of(rows: Sharded, like: Tensor, rank: int, seed: int) -> Preconditioner:
     """From `rank` products, in the dtype and on the device of `like`. Collective."""
-    return nystrom(rows.product, rows.num_rows, rank=rank, seed=seed, like=like)
+    return nystrom(Products(rows), rows.num_rows, rank=rank, seed=seed, like=like)

@@ -76,26 +76,21 @@ class Sharded:
         self.group.sum_(out)
         return out
 
-    def product(self, v: Tensor) -> Tensor:
-        """K v for all rows (N,) or (N, k), on every rank. Collective."""
-        if v.dim() == 2:
-            return torch.stack([self.product(column) for column in v.t()], 1)
-        return self.all(self.operator.mv(self.t_mv(v[self.own])))
-
 
 class Products:
-    """v -> K v for all rows (N,), on every rank, in that dtype. Collective.
+    """v -> K v for all rows (N,) or (N, k), on every rank. Collective.
 
     J^T v and this rank's rows of K v are kept of the last v: conjugate gradients end with a product of their answer."""
 
-    def __init__(self, rows: Sharded, t_mv: Callable[[Tensor], Tensor], mv: Callable[[Tensor], Tensor]) -> None:
-        self._rows, self._t_mv, self._mv = rows, t_mv, mv
+    def __init__(self, rows: Sharded) -> None:
+        self._rows = rows
         self._last: tuple[Tensor, Tensor, Tensor] | None = None
 
     def __call__(self, v: Tensor) -> Tensor:
-        step = self._t_mv(v[self._rows.own])
-        self._rows.group.sum_(step)
-        moved = self._mv(step)
+        if v.dim() == 2:
+            return torch.stack([self(column) for column in v.t()], 1)
+        step = self._rows.t_mv(v[self._rows.own])
+        moved = self._rows.operator.mv(step)
         self._last = (v, step, moved)
         return self._rows.all(moved)
 
@@ -105,6 +100,19 @@ class Products:
             self(v)
         assert self._last is not None
         return self._last[1:]
+
+
+class _InDouble:
+    """Products of a float32 Jacobian in float64."""
+
+    def __init__(self, jacobian: Jacobian) -> None:
+        self._jacobian, self.num_rows = jacobian, jacobian.num_rows
+
+    def mv(self, w: Tensor) -> Tensor:
+        return self._jacobian.mv_in(torch.float64, w)
+
+    def t_mv(self, v: Tensor) -> Tensor:
+        return self._jacobian.t_mv_in(torch.float64, v)
 
 
 class SampleSpace:
@@ -148,11 +156,7 @@ class SampleSpace:
         precondition = self._damped.inverse(damping)
         if precondition is None:
             return None
-        product = Products(
-            self._rows,
-            lambda v: self._jacobian.t_mv_in(torch.float64, v),
-            lambda w: self._jacobian.mv_in(torch.float64, w),
-        )
+        product = Products(Sharded(_InDouble(self._jacobian), self._rows.group))
         solved = cg(
             lambda v: product(v) + damping * v,
             right.double(),
@@ -292,7 +296,7 @@ class Krylov:
         self._preconditioner = preconditioner(self._rows) if preconditioner is not None else None
 
     def solve(self, v: Tensor, damping: float) -> Direction:
-        product = Products(self._rows, self._rows.operator.t_mv, self._rows.operator.mv)
+        product = Products(self._rows)
         solved = pcg(
             product,
             self._rows.all(v),

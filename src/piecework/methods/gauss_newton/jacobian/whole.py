@@ -109,7 +109,10 @@ class Jacobian:
         """J w in that dtype, as `t_mv_in`; w: (P,) of that dtype."""
         if dtype == self.dtype:
             return self.mv(w)
-        return torch.cat([some.mv(w) for _, some in self._tiles_in(dtype)])
+        out = torch.empty(self.num_rows, dtype=dtype, device=self.device)
+        for rows, some in self._tiles_in(dtype):
+            out[rows] = some.mv(w)
+        return out
 
     def _tiles_in(self, dtype: torch.dtype) -> Iterator[tuple[slice, Jacobian]]:
         """Some samples at a time in that dtype, and which rows they are."""

@@ -2,8 +2,9 @@
 
 sin(2 pi x), 1 / (1 + 25 x^2) and sin(8 pi x) on 2003 equidistant points of [-1, 1]; relative L2 error on these points,
 and on the finer grid between them. Adam's learning rate is chosen by its error on the training points from a start of
-its own (seed 100), with a third of the seconds for each trial; everything else runs with its defaults. With `--peers`
-the least-squares codes of scipy, torch-levenberg-marquardt and optimistix start from the same weights.
+its own (seed 100), with a third of the seconds for each trial; everything else runs with its defaults. `--peers`
+writes a table of its own: the least-squares codes of scipy, torch-levenberg-marquardt and optimistix from the same
+weights.
 """
 
 from __future__ import annotations
@@ -148,8 +149,12 @@ def peer_rows(set_: data.Dataset, width: int, seed: int, seconds: float, name: s
     return [*found, *took]
 
 
+OWN = ("gauss-newton", "gauss-newton, geodesic off", "gauss-newton, output eliminated", "lbfgs", "adam", "floor")
+PEERS = ("gauss-newton", "scipy trf", "scipy lm", "torch-levenberg-marquardt", "optimistix")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--widths", type=int, nargs="+", default=[25, 77])
@@ -159,18 +164,21 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     seconds = arguments.seconds
-    sections: list[tuple[str, list[str], list[list[object]]]] = [
-        (f"{POINTS} training points; tested on {FINER} points; {seconds:g} s each; seeds 0..{arguments.seeds - 1}, "
-         f"medians [range]; adam with all points in a step, learning rate from {RATES} on seed {TUNING_SEED} with a "
-         f"third of the seconds each, half a cosine over the steps that the seconds allow; floor: slopes of a random "
-         f"hidden layer from {SCALES} by train error on seed {TUNING_SEED}.", [], []),
-    ]  # fmt: skip
-    names = ["gauss-newton", "gauss-newton, geodesic off", "gauss-newton, output eliminated", "lbfgs", "adam", "floor"]
-    if arguments.peers:
-        names += ["scipy trf", "scipy lm", "torch-levenberg-marquardt", "optimistix"]
+    about = (
+        f"{POINTS} training points; tested on {FINER} points; {seconds:g} s each; seeds 0..{arguments.seeds - 1}, "
+        "medians [range]"
+    )
+    if not arguments.peers:
+        about += (
+            f"; adam with all points in a step, learning rate from {RATES} on seed {TUNING_SEED} with a third of the "
+            "seconds each, half a cosine over the steps that the seconds allow; floor: slopes of a random hidden layer "
+            f"from {SCALES} by train error on seed {TUNING_SEED}"
+        )
+    sections: list[tuple[str, list[str], list[list[object]]]] = [(f"{about}.", [], [])]
+    names = PEERS if arguments.peers else OWN
     if unknown := set(arguments.only) - set(names):
         parser.error(f"no {', '.join(sorted(unknown))} among {', '.join(names)}")
-    names = [name for name in names if not arguments.only or name in arguments.only]
+    names = tuple(name for name in names if not arguments.only or name in arguments.only)
     for curve in CURVES:
         set_ = samples(curve)
         for width in arguments.widths:
@@ -178,7 +186,8 @@ def main() -> None:
             rows = [_row(name, set_, width, arguments.seeds, seconds) for name in names]
             header = ["method", "train error", "test error", "steps", "seconds"]
             sections.append((f"{curve}, one hidden layer of {width}", header, rows))
-    report.write("fits", "Functions of one variable: relative L2 error", sections)
+    file, title = ("fits-peers", ", by several codes") if arguments.peers else ("fits", "")
+    report.write(file, f"Functions of one variable: relative L2 error{title}", sections)
 
 
 def _row(name: str, set_: data.Dataset, width: int, seeds: int, seconds: float) -> list[object]:

@@ -1,21 +1,19 @@
 """Regression on a table by a tanh network with two hidden layers of 64: `python benchmarks/tables.py kin40k`.
 
 Every method starts from the same weights and is scored by the same plain module, at the same seconds of training.
-gauss-newton (steps on samples: rows and damping, eight trials) and adam (learning rate and weight decay, nine) are
-tuned on validation rows, each trial with a third of the seconds (at most --tuning-seconds); their rates fall to nothing
-over the steps that the seconds allow at the pace measured here. L-BFGS has nothing to tune.
+gauss-newton (steps on samples: damping and weight decay) and adam (learning rate and weight decay) are tuned, twelve
+trials each with a third of the seconds (at most --tuning-seconds); their rates fall to nothing over the steps that the
+seconds allow at the pace measured here. L-BFGS has nothing to tune.
 
-Two tables: the training loss at the end, and the test R2 of the row with the best validation score, for all alike.
-Test rows choose nothing.
+Two tables. The training loss at the end, of the trial with the least; and the test R2 of the row with the best
+validation score, of the trial with the best one. Test rows choose nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import time
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -32,19 +30,33 @@ from piecework.nn import Standardise
 SETS = ("protein", "kin40k", "bike", "elevators", "pol")
 HIDDEN = (64, 64)
 BATCH_SIZE = 256
-RATES, DECAYS = (1e-3, 3e-3, 1e-2), (0.0, 0.01, 0.1)
-SAMPLE_ROWS, DAMPINGS = (512, 1024), (1e-3, 3e-3, 1e-2, 1e-1)
+RATES, DECAYS = (1e-3, 3e-3, 1e-2, 3e-2), (0.0, 0.01, 0.1)
+"""Of adam, whose decay is for each unit of its rate."""
+SAMPLE_ROWS = 512
+DAMPINGS, PENALTIES = (1e-3, 1e-2, 1e-1, 1.0), (0.0, 1e-5, 1e-4)
+"""Of gauss-newton on samples; penalties are its weight decay."""
 TUNING_SEED = 100
 PACE_SECONDS = 2.0
+LOOKS = 200
+"""Evaluations of a run, about; validation chooses among these."""
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A method as it is run: with its settings, in words, and on rows of that dtype."""
+class Recipe:
+    """A method with its settings, in words, and the dtype of its rows."""
 
     name: str
     method: piecework.Method
     dtype: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a recipe came to: the best validation score of any row, and the training loss of the last."""
+
+    recipe: Recipe
+    score: float
+    loss: float
 
 
 def model(set_: data.Dataset, seed: int) -> nn.Module:
@@ -75,58 +87,51 @@ def scheduled(method: piecework.Method, set_: data.Dataset, seconds: float) -> p
     return replace(method, schedule="cosine", schedule_steps=steps)
 
 
-def run(method: piecework.Method, set_: data.Dataset, seed: int, seconds: float) -> History:
-    """Until the schedule ends, or the seconds where the pace was slower than measured."""
+def run(method: piecework.Method, set_: data.Dataset, seed: int, seconds: float) -> History | None:
+    """Until the schedule ends, or the seconds where the pace was slower than measured; None where it diverged."""
     loss = losses.Squared()
     training = method.bind(model(set_, seed), loss)
     limits: dict[str, Any] = {"seconds": seconds}
     if (steps := steps_of(method)) is not None:
-        limits["steps"] = steps
-    # Rows about every twentieth of the seconds, and more at first; an epoch of mini-batches may be longer than that.
-    every = max(1, len(set_.train) // BATCH_SIZE // 4) if training.batches == "mini" else None
-    if every is None and isinstance(method, GaussNewton):
-        every = max(1, (method.sample_steps or 1) // 100)
-    return piecework.fit(training, set_, loss=loss, batch_size=BATCH_SIZE, seed=seed, evaluate_every=every, **limits)
+        limits |= {"steps": steps, "evaluate_every": max(1, steps // LOOKS)}
+    try:
+        return piecework.fit(training, set_, loss=loss, batch_size=BATCH_SIZE, seed=seed, **limits)
+    except piecework.DidNotSolve as error:
+        print(f"  {error}", flush=True)
+        return None
 
 
-def tune(
-    recipes: list[tuple[str, piecework.Method]], set_: data.Dataset, seconds: float
-) -> tuple[str, piecework.Method]:
-    """The recipe with the best validation score of any row; every trial has the same seconds and start."""
-    scores = []
-    for name, recipe in recipes:
-        try:
-            best = run(scheduled(recipe, set_, seconds), set_, TUNING_SEED, seconds).best
-        except piecework.DidNotSolve as error:  # the loss was no longer finite
-            print(f"  tune {name}: {error}", flush=True)
-            best = None
+def trials(recipes: list[Recipe], set_: data.Dataset, seconds: float) -> list[Trial]:
+    """Every one with the same seconds and start."""
+    found = []
+    for recipe in recipes:
+        history = run(scheduled(recipe.method, set_, seconds), set_, TUNING_SEED, seconds)
+        best = history.best if history else None
         score = best["validation"]["score"] if best else None
-        scores.append(-math.inf if score is None else score)
-        print(f"  tune {name}: validation {scores[-1]:.4f}", flush=True)
-    return recipes[scores.index(max(scores))]
+        loss = history.rows[-1]["train"]["loss"] if history else None
+        found.append(Trial(recipe, -math.inf if score is None else score, math.inf if loss is None else loss))
+        print(
+            f"  trial {recipe.name}: validation {found[-1].score:.4f}, training loss {found[-1].loss:.5f}", flush=True
+        )
+    return found
 
 
-def entries(set_: data.Dataset, seconds: float, trial: float) -> list[Callable[[], Entry]]:
-    sampled: list[tuple[str, piecework.Method]] = [
-        (f"gauss-newton (rows {rows}, damping {damping:g})", GaussNewton(sample_rows=rows, damping=damping))
-        for rows, damping in product(SAMPLE_ROWS, DAMPINGS)
-    ]
-    adams: list[tuple[str, piecework.Method]] = [
-        (f"adam (lr {lr:g}, weight decay {decay:g})", Adam(lr=lr, weight_decay=decay))
-        for lr, decay in product(RATES, DECAYS)
-    ]
-
-    def tuned(recipes: list[tuple[str, piecework.Method]]) -> Entry:
-        name, method = tune(recipes, set_, trial)
-        return Entry(name, scheduled(method, set_, seconds))
-
-    return [
-        lambda: tuned(sampled),
-        lambda: tuned(adams),
-        lambda: Entry("gauss-newton, all rows", GaussNewton()),
-        lambda: Entry("lbfgs", LBFGS()),
-        lambda: Entry("lbfgs, float64", LBFGS(), torch.float64),
-    ]
+SAMPLED = [
+    Recipe(
+        f"gauss-newton (damping {damping:g}, weight decay {decay:g})",
+        GaussNewton(sample_rows=SAMPLE_ROWS, damping=damping, weight_decay=decay),
+    )
+    for damping, decay in product(DAMPINGS, PENALTIES)
+]
+ADAMS = [
+    Recipe(f"adam (lr {lr:g}, weight decay {decay:g})", Adam(lr=lr, weight_decay=decay))
+    for lr, decay in product(RATES, DECAYS)
+]
+UNTUNED = [
+    Recipe("gauss-newton, all rows", GaussNewton()),
+    Recipe("lbfgs", LBFGS()),
+    Recipe("lbfgs, float64", LBFGS(), torch.float64),
+]
 
 
 def main() -> None:
@@ -140,61 +145,93 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     sections: list[tuple[str, list[str], list[list[object]]]] = [
         (f"Network d-{'-'.join(map(str, HIDDEN))}-1, tanh, float32 where nothing else is said; 10 % of the training "
-         f"rows are for validation; seeds 0..{arguments.seeds - 1}, medians [range]. gauss-newton: rows from "
-         f"{SAMPLE_ROWS} by damping from {DAMPINGS}; adam: learning rate from {RATES} by weight decay from {DECAYS}, "
-         f"batches of {BATCH_SIZE}, half a cosine; trials on validation from seed {TUNING_SEED}, each with a third of "
-         f"the seconds or {arguments.tuning_seconds:g}. Targets are standardised: a loss of 1 is the mean's. seconds "
-         "are training seconds.", [], []),
+         f"rows are for validation; seeds 0..{arguments.seeds - 1}, medians [range]. gauss-newton: {SAMPLE_ROWS} rows "
+         f"a step, damping from {DAMPINGS} by weight decay from {PENALTIES}; adam: learning rate from {RATES} by "
+         f"weight decay from {DECAYS}, batches of {BATCH_SIZE}, half a cosine; trials from seed {TUNING_SEED}, each "
+         f"with a third of the seconds or {arguments.tuning_seconds:g}. About {LOOKS} evaluations of a run; of methods "
+         "without a schedule one after each step. Targets are standardised: a loss of 1 is the mean's. seconds are "
+         "training seconds.", [], []),
     ]  # fmt: skip
-    name = arguments.set
+    name, seeds = arguments.set, range(arguments.seeds)
     sets = {dtype: data.load(f"uci/{name}", validation=0.1, dtype=dtype) for dtype in (torch.float32, torch.float64)}
+    longest = {  # without a schedule a shorter run is the beginning of the longest one
+        recipe.name: [run(recipe.method, sets[recipe.dtype], seed, max(arguments.seconds)) for seed in seeds]
+        for recipe in UNTUNED
+    }
     for seconds in arguments.seconds:
-        sections += _tables(name, sets, seconds, min(seconds / 3, arguments.tuning_seconds), arguments.seeds)
+        print(f"{name}, {seconds:g} s", flush=True)
+        untuned = {one: [until(history, seconds) for history in found] for one, found in longest.items()}
+        trial = min(seconds / 3, arguments.tuning_seconds)
+        sections += _tables(sets[torch.float32], seconds, trial, seeds, untuned)
     report.write(f"table-{name}", f"{name}: regression on a table, at equal seconds", sections)
 
 
+def until(history: History | None, seconds: float) -> History | None:
+    """The rows of the first so many seconds."""
+    return replace(history, rows=[row for row in history.rows if row["seconds"] <= seconds]) if history else None
+
+
+Runs = list[History | None]
+
+
 def _tables(
-    name: str, sets: dict[torch.dtype, data.Dataset], seconds: float, trial: float, seeds: int
+    set_: data.Dataset, seconds: float, trial: float, seeds: range, untuned: dict[str, Runs]
 ) -> list[tuple[str, list[str], list[list[object]]]]:
-    """The two tables of one set and one limit."""
-    print(f"{name}, {seconds:g} s", flush=True)
-    first = sets[torch.float32]
-    ends, chosen = [], []
-    for make in entries(first, seconds, trial):
-        entry = make()
-        histories = []
-        for seed in range(seeds):
-            began = time.perf_counter()
-            try:
-                histories.append(run(entry.method, sets[entry.dtype], seed, seconds))
-            except piecework.DidNotSolve as error:
-                print(f"  {entry.name} seed {seed}: {error}", flush=True)
-                continue
-            print(f"  {entry.name} seed {seed}: {time.perf_counter() - began:.0f} s", flush=True)
-        best = [history.best for history in histories]
-        last = [history.rows[-1] for history in histories]
-        ends.append([
-            entry.name,
-            report.spread([row["train"]["loss"] for row in last], 5),
-            report.median([row["step"] for row in last]),
-            report.median([row["seconds"] for row in last]),
-            f"{len(histories)} of {seeds}",
-        ])  # fmt: skip
-        chosen.append([
-            entry.name,
-            report.spread([row["test"]["score"] if row else None for row in best]),
-            report.median([row["seconds"] if row else None for row in best]),
-            report.spread([row["test"]["score"] for row in last]),
-        ])  # fmt: skip
-    below = floors.simple(first)
-    chosen += [[f"floor: {floor.name}", f"{floor.scores['test']:.4f}", None, None] for floor in below]
-    about = f"{name}: {len(first.train)} training rows, {first.num_features} features, {seconds:g} s"
+    """The two tables of one limit."""
+    closest: dict[str, Runs] = {}
+    best: dict[str, Runs] = {}
+    for recipes in (SAMPLED, ADAMS):
+        found = trials(recipes, set_, trial)
+        done: dict[str, Runs] = {}
+        for chosen, table in (
+            (min(found, key=lambda one: one.loss).recipe, closest),
+            (max(found, key=lambda one: one.score).recipe, best),
+        ):
+            if chosen.name not in done:
+                method = scheduled(chosen.method, set_, seconds)
+                done[chosen.name] = [run(method, set_, seed, seconds) for seed in seeds]
+                print(f"  {chosen.name}", flush=True)
+            table[chosen.name] = done[chosen.name]
+    about = f"{set_.name}: {len(set_.train)} training rows, {set_.num_features} features, {seconds:g} s"
+    ends = [_end_row(name, runs) for name, runs in {**closest, **untuned}.items()]
+    scores = [_score_row(name, runs) for name, runs in {**best, **untuned}.items()]
+    scores += [[f"floor: {floor.name}", f"{floor.scores['test']:.4f}", None, None] for floor in floors.simple(set_)]
     return [
-        (f"{about}: training loss, without early stopping",
+        (f"{about}: training loss; settings by the training loss of trials",
          ["method", "training loss at the end", "steps", "seconds", "runs that ended"], ends),
-        (f"{about}: test R2",
-         ["method", "at the row that validation chose", "seconds until then", "at the end"], chosen),
+        (f"{about}: test R2; settings by the validation score of trials",
+         ["method", "at the row that validation chose", "seconds until then", "at the end"], scores),
     ]  # fmt: skip
+
+
+def _end_row(name: str, runs: Runs) -> list[object]:
+    last = [history.rows[-1] for history in runs if history]
+    return [
+        name,
+        ends_of([row["train"]["loss"] for row in last]),
+        report.median([row["step"] for row in last]),
+        report.median([row["seconds"] for row in last]),
+        f"{len(last)} of {len(runs)}",
+    ]
+
+
+def _score_row(name: str, runs: Runs) -> list[object]:
+    last = [history.rows[-1] for history in runs if history]
+    best = [history.best for history in runs if history]
+    return [
+        name,
+        report.spread([row["test"]["score"] if row else None for row in best]),
+        report.median([row["seconds"] if row else None for row in best]),
+        report.spread([row["test"]["score"] for row in last]),
+    ]
+
+
+def ends_of(values: list[float | None]) -> str:
+    """Median and range, with three digits however small."""
+    middle, known = report.median(values), [value for value in values if value is not None]
+    if middle is None:
+        return "not finite"
+    return f"{middle:.3g} [{min(known):.3g}, {max(known):.3g}]" if len(known) > 1 else f"{middle:.3g}"
 
 
 if __name__ == "__main__":

@@ -11,6 +11,9 @@ gives
     theta <- theta - d + a   where the loss falls, and 2 |a| <= 3/4 |d|;  else the damping is raised, and again
     damping <- damping max(1/3, 1 - (2 rho - 1)^3)     rho: the fall of F over that of (1)                           (4)
 
+With `weight_decay` the loss of n rows has a penalty of n weight_decay/2 |theta|^2 beside it; (2) is then solved for
+what is left of s after the move to the mean of 0 and theta, weighted by damping and penalty.
+
 (2) by the solver that is cheapest for these N, P and damping; (3) is the geodesic acceleration of Transtrum and Sethna
 (arXiv 1201.5885), (4) Nielsen's rule (1999). With `sample_rows` steps are on some rows only (sampled.py).
 
@@ -24,8 +27,9 @@ Differs from the paper
 
 from __future__ import annotations
 
+import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from torch import nn
@@ -38,16 +42,19 @@ from .levenberg_marquardt import LevenbergMarquardt
 from .objective import LeastSquares
 from .sketches import Sketch
 
+PUBLISHED = ("faithful", "sketch_rows", "tile", "seed")
+"""Settings of `faithful=True`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class GaussNewton:
     """Gauss-Newton with Levenberg-Marquardt damping on all rows, for any model and a loss with curvature.
 
-    A step solves one linear system, and moves to where the loss is lower: it never rises. Metrics: `loss`, the mean
-    over all ranks' rows where the step ended; `damping`, relative to the mean diagonal of K; `gain_ratio`; `rejected`,
-    trials of the step that were not taken; `iterations` and `linear_residual` of the solver; `effective_dimension`
-    where it is known; `predicted_seconds` and `solve_seconds` of the solver; `stalled`, 1 where the weights did not
-    move. The row's `solver` says which one it was."""
+    A step solves one linear system, and moves to where the loss, with the penalty of weight decay, is lower: it never
+    rises. Metrics: `loss`, the mean over all ranks' rows where the step ended, without penalty; `damping`, relative to
+    the mean diagonal of K; `gain_ratio`; `rejected`, trials of the step that were not taken; `iterations` and
+    `linear_residual` of the solver; `effective_dimension` where it is known; `predicted_seconds` and `solve_seconds` of
+    the solver; `stalled`, 1 where the weights did not move. The row's `solver` says which one it was."""
 
     solver: Literal["auto"] | Solver = "auto"
     """exact: Cholesky of K; qr, cholesky: of J and of J^T J, where parameters are fewer than rows; cg, rpchol, nystrom,
@@ -63,6 +70,8 @@ class GaussNewton:
     geodesic: bool | None = None
     """Correct the step by the curvature of the residuals along it: one forward pass and one more right-hand side. None
     is yes where the system is factored, no where it is solved by conjugate gradients."""
+    weight_decay: float = 0.0
+    """An L2 penalty of weight_decay/2 times the squared weights, added to the mean loss."""
     eliminate_output: bool = False
     """After each step solve for the last linear layer in closed form, the others held."""
     sample_rows: int | None = None
@@ -106,6 +115,8 @@ class GaussNewton:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise BadInput(f"gauss-newton: {name} must be at least 1, got {value}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise BadInput(f"gauss-newton: weight_decay must be at least 0, got {self.weight_decay}")
         if not 0 <= self.momentum < 1:
             raise BadInput(f"gauss-newton: momentum must be in [0, 1), got {self.momentum}")
         if self.sample_rows is None:
@@ -118,6 +129,10 @@ class GaussNewton:
         elif self.sample_steps is None and (self.geodesic or self.eliminate_output):
             name = "geodesic" if self.geodesic else "eliminate_output"
             warnings.warn(f"gauss-newton: {name} does nothing on samples of the rows", stacklevel=3)
+        if self.faithful:
+            given = [f.name for f in fields(self) if f.name not in PUBLISHED and getattr(self, f.name) != f.default]
+            if given:
+                raise BadInput(f"gauss-newton: the published algorithm has no {given[0]}; leave it out, or faithful")
         if self.memory is not None and not self.memory > 0:
             raise BadInput(f"gauss-newton: memory is a number of GiB, more than 0, got {self.memory}")
 
@@ -131,4 +146,5 @@ class GaussNewton:
             from .faithful import Faithful
 
             return Faithful(self, model, loss, group)
-        return LevenbergMarquardt(self, LeastSquares(model, loss, group, tile=self.tile))
+        objective = LeastSquares(model, loss, group, tile=self.tile, weight_decay=self.weight_decay)
+        return LevenbergMarquardt(self, objective)

@@ -108,9 +108,9 @@ class Choice:
     def linearise(self, point: Point, damping: float | None, *, step: int, tolerance: float) -> Linearised:
         """The system at the model's present weights. Collective.
 
-        damping: absolute; None for that of the start, which is relative; tolerance: of iterative solvers, where the
-        recipe's is not smaller. Raises CannotTrain where no solver fits into memory, DidNotSolve where derivatives are
-        not finite."""
+        damping: absolute, weight decay apart; None for that of the start, which is relative; tolerance: of iterative
+        solvers, where the recipe's is not smaller. Raises CannotTrain where no solver fits into memory, DidNotSolve
+        where derivatives are not finite."""
         objective, plan = self._objective, self._objective.plan(point.batch)
         rates, limit = self._means()
         factors = predicted_bytes(plan, point.at.rows, point.at.z.shape[1]) <= limit / 2
@@ -122,6 +122,7 @@ class Choice:
                 "or scale the features or the start weights down"
             )
         damping = (self._recipe.damping or DAMPING) * unit if damping is None else damping
+        damping += objective.decay(point.at.rows)
         single = damping > max(SINGLE, self._double_below) * unit
         shape = self._shape(plan, point, jacobian, tolerance, single)
         estimate = self._pick(shape, jacobian, damping, unit, step, rates, limit)

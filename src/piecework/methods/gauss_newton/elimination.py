@@ -6,6 +6,8 @@ After a Gauss-Newton step of all weights from a point where the last layer is op
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -37,8 +39,9 @@ def output_layer(objective: LeastSquares) -> nn.Linear:
 
 
 @torch.no_grad()
-def eliminate_(objective: LeastSquares, batch: Batch, layer: nn.Linear) -> None:
-    """Give the layer the weights with the least loss nearest to its present ones. Collective; one forward pass."""
+def eliminate_(objective: LeastSquares, batch: Batch, layer: nn.Linear, rows: int) -> None:
+    """Give the layer the weights with the least loss and penalty nearest to its present ones. Collective; one forward
+    pass."""
     bias = layer.bias is not None and bool(layer.bias.requires_grad)
     seen: list[Tensor] = []
     handle = layer.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
@@ -55,6 +58,10 @@ def eliminate_(objective: LeastSquares, batch: Batch, layer: nn.Linear) -> None:
         handle.remove()
     if objective.group.size > 1:
         triangle = stacked_triangle(torch.cat(objective.group.gather(triangle)))
+    if decay := objective.decay(rows):
+        present = torch.cat([layer.weight, layer.bias[:, None]], 1) if bias else layer.weight
+        penalty = torch.cat([torch.eye(width, dtype=torch.float64, device=objective.device), -present.t().double()], 1)
+        triangle = stacked_triangle(torch.cat([triangle, math.sqrt(decay / 2) * penalty]))
     u, values, vt = torch.linalg.svd(triangle[:width, :width])
     least = LEAST.get(objective.dtype, 1e-6) * values[0]
     weight = torch.where(values > 0, values / (values.square() + least.square()), torch.zeros_like(values))

@@ -15,7 +15,7 @@ from .choice import DAMPING, DIRECT, Choice, Linearised
 from .elimination import eliminate_, output_layer
 from .objective import Evaluation, LeastSquares, Point
 from .sampled import SampledSteps
-from .systems import Direction
+from .systems import Direction, solve_pulled
 
 if TYPE_CHECKING:
     from . import GaussNewton
@@ -75,7 +75,7 @@ class LevenbergMarquardt:
         self._step, self._known, self.words = self._step + 1, (batch, end), {"solver": made.estimate.solver}
         assert self._damping is not None
         return _metrics({
-            "loss": end.total / end.rows,
+            "loss": end.loss,
             "damping": self._damping * end.rows / made.unit if made.unit > 0 else 0.0,
             **figures,
             "predicted_seconds": made.estimate.seconds,
@@ -102,13 +102,14 @@ class LevenbergMarquardt:
         objective, rows = self._objective, start.at.rows
         least = LEAST_DAMPING.get(objective.dtype, 1e-8) * made.unit / rows
         most = MOST_DAMPING * made.unit / rows
-        rejected, solves = 0, 0
+        rejected, solves, decay = 0, 0, objective.decay(rows)
+        pulls = objective.pulls(start, made.system)
         assert self._damping is not None
         while True:
             damping = max(self._damping, least) * rows
-            direction = made.system.solve(start.s, damping)
+            direction = solve_pulled(made.system, start.s, damping, pulls)
             solves += direction.solved.iterations
-            end, ratio = self._try(start, made, direction, damping)
+            end, ratio = self._try(start, made, direction, damping + decay)
             taken = end is not None and (ratio > 0 or not self._recipe.adapt)
             rejected += not taken
             if taken or not self._recipe.adapt or rejected > self._recipe.max_retries:
@@ -125,8 +126,8 @@ class LevenbergMarquardt:
             # A loss of the user's own may be negative, and then says nothing of |s|.
             before = start.at.total
             self._contraction = math.sqrt(end.total / before) if before > 0 and end.total >= 0 else 1.0
-        self._choice.note(made, direction.solved.iterations, damping)
-        dimension = made.system.effective_dimension(damping)
+        self._choice.note(made, direction.solved.iterations, damping + decay)
+        dimension = made.system.effective_dimension(damping + decay)
         return end, {
             "gain_ratio": ratio,
             "rejected": float(rejected),
@@ -140,9 +141,9 @@ class LevenbergMarquardt:
         self, start: Point, made: Linearised, direction: Direction, damping: float
     ) -> tuple[Evaluation | None, float]:
         """Move the model along the direction, corrected: what the loss is there, and how much of its promised fall it
-        fell; None and nan for a direction that is not worth a trial."""
+        fell; None and nan for a direction that is not worth a trial. damping: with weight decay."""
         objective = self._objective
-        promised = objective.promised(start.s, direction.moved)
+        promised = objective.promised(start, direction.step, direction.moved)
         if not math.isfinite(promised) or not promised > 0 or not bool(direction.step.isfinite().all()):
             return None, math.nan
         weights = start.weights.double() - direction.step.double()
@@ -153,7 +154,7 @@ class LevenbergMarquardt:
             weights = weights + correction
         objective.move_(weights.to(objective.dtype))
         if self._output is not None:
-            eliminate_(objective, start.batch, self._output)
+            eliminate_(objective, start.batch, self._output, start.at.rows)
         end = objective.evaluate(start.batch)
         return end, (start.at.total - end.total) / promised if math.isfinite(end.total) else math.nan
 

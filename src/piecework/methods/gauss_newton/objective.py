@@ -17,6 +17,7 @@ from ...nn import Standardise
 from ...training import BadInput, Batch, CannotTrain, stream
 from ..parameters import packed, refuse_noise_and_coupling, start_from_rank_0, trainable, unpack_
 from .jacobian import PROBE_ROWS, Jacobian, MatrixFree, Plan, capture, concatenate, plan, values_of
+from .systems import Pull, System
 
 CURVATURE = ("residual", "root_mv", "root_t_mv")
 
@@ -27,12 +28,18 @@ TILE, LEAST_ROWS, MOST_ROWS = 2**20, 16, 8192
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One forward pass. z: (n, k) outputs of this rank's rows; total: the loss summed over all ranks' rows, a float
-    that is equal on all of them; rows: how many those are."""
+    """One forward pass. z: (n, k) outputs of this rank's rows; total: the loss summed over all ranks' rows and the
+    penalty, which a step lowers; floats that are equal on all ranks; rows: how many those are."""
 
     z: Tensor
     total: float
     rows: int
+    penalty: float
+
+    @property
+    def loss(self) -> float:
+        """The mean over all ranks' rows, without the penalty."""
+        return (self.total - self.penalty) / self.rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,9 +61,12 @@ class LeastSquares:
     """The model, its loss and the ranks: outputs, residuals s and the Jacobian of B^T z by all trainable parameters.
 
     With B B^T the curvature of the loss at the outputs and B s its gradient, the total loss after a move d of the
-    weights is |s - J d|^2 / 2 and a constant, to second order in the outputs and first order in the weights."""
+    weights is |s - J d|^2 / 2 and a constant, to second order in the outputs and first order in the weights. To it
+    comes a penalty of weight_decay / 2 for each row and squared weight."""
 
-    def __init__(self, model: nn.Module, loss: Loss, group: Group, *, tile: int | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, loss: Loss, group: Group, *, tile: int | None = None, weight_decay: float = 0.0
+    ) -> None:
         """Raises CannotTrain for a loss without curvature and for a model that draws random numbers or couples rows."""
         lacking = [name for name in CURVATURE if not hasattr(loss, name)]
         if lacking:
@@ -65,6 +75,7 @@ class LeastSquares:
                 "squared, logistic and softmax have it"
             )
         self.model, self.loss, self.group = model, cast(CurvedLoss, loss), group
+        self._weight_decay = weight_decay
         self.parameters = trainable(model, "gauss-newton")
         self.tile = tile or _tile_for(self.parameters)
         refuse_noise_and_coupling(model, "gauss-newton")
@@ -107,7 +118,18 @@ class LeastSquares:
         loss, rows = total.tolist()
         if rows == 0:
             raise BadInput("there are no rows to train on, on any rank")
-        return Evaluation(torch.cat(found) if found else self._no_rows(batch), loss, int(rows))
+        penalty = self.decay(int(rows)) / 2 * float(self.weights.double().square().sum()) if self._weight_decay else 0.0
+        return Evaluation(torch.cat(found) if found else self._no_rows(batch), loss + penalty, int(rows), penalty)
+
+    def decay(self, rows: int) -> float:
+        """The penalty's second derivative by any weight, for so many rows."""
+        return self._weight_decay * rows
+
+    def pulls(self, point: Point, system: System) -> list[Pull]:
+        """What the penalty adds to the system there: a step of all the weights would bring it to 0."""
+        if not self._weight_decay:
+            return []
+        return [Pull(self.decay(point.at.rows), point.weights, system.image(point.weights))]
 
     def point(self, batch: Batch, at: Evaluation | None = None) -> Point:
         """The present weights, evaluated on the batch unless that was done. Collective."""
@@ -115,13 +137,16 @@ class LeastSquares:
         s = self.loss.residual(at.z, batch.y.to(self.device)).reshape(-1)
         return Point(batch, at, s, self.weights)
 
-    def promised(self, s: Tensor, moved: Tensor) -> float:
-        """The fall of the quadratic model, 1/2 (|s|^2 - |s - J d|^2) over all ranks' rows, from this rank's J d;
-        without cancellation, and for an inexact d too. Collective."""
-        s, moved = s.double(), moved.double()
+    def promised(self, point: Point, step: Tensor, moved: Tensor) -> float:
+        """The fall of the quadratic model, 1/2 (|s|^2 - |s - J d|^2) over all ranks' rows and that of the penalty, for
+        a step d and this rank's J d; without cancellation, and for an inexact d too. Collective."""
+        s, moved = point.s.double(), moved.double()
         found = (moved @ (2 * s - moved)).reshape(1) / 2
         self.group.sum_(found)
-        return float(found)
+        if not self._weight_decay:
+            return float(found)
+        d = step.double()
+        return float(found) + self.decay(point.at.rows) / 2 * float(d @ (2 * point.weights.double() - d))
 
     def root_t(self, point: Point, moved: Tensor) -> Tensor:
         """B^T of a move of the outputs (n, k): (N,)."""
@@ -138,8 +163,9 @@ class LeastSquares:
             probe = torch.cat(self.group.gather(batch.x[some].to(self.device)))
             found = plan(self.model, probe)
             if found.idle:
+                left = "only lets it decay" if self._weight_decay else "leaves it as it is"
                 warnings.warn(
-                    f"the outputs do not depend on {', '.join(found.idle)}: gauss-newton leaves it as it is",
+                    f"the outputs do not depend on {', '.join(found.idle)}: gauss-newton {left}",
                     stacklevel=5,
                 )
             self._settled = (found, probe)

@@ -26,6 +26,7 @@ from ...group import Group
 from ...training import BadInput, Batch, DidNotSolve
 from .choice import DAMPING, Choice, Linearised
 from .objective import LeastSquares, Point
+from .systems import Pull, solve_pulled
 
 if TYPE_CHECKING:
     from . import GaussNewton
@@ -58,7 +59,7 @@ class SampledSteps:
         began = time.perf_counter()
         figures = self._search(point, made, number)
         return {
-            "loss": point.at.total / point.at.rows,
+            "loss": point.at.loss,
             **figures,
             "predicted_seconds": made.estimate.seconds,
             "solve_seconds": time.perf_counter() - began,
@@ -83,22 +84,24 @@ class SampledSteps:
     def _search(self, point: Point, made: Linearised, number: int) -> dict[str, float]:
         """Take the step, where the recipe adapts with a damping at which the loss of the sample falls."""
         objective, recipe, mu = self._objective, self._recipe, self._recipe.momentum
-        before, image = torch.zeros_like(point.weights), torch.zeros_like(point.s)
+        before = None
         if mu and self._phi is not None:
-            before, image = self._phi, made.system.image(self._phi)
-        rest = point.s - mu * image
+            before = (mu * self._phi, mu * made.system.image(self._phi))
+        pulls = objective.pulls(point, made.system)
         lr = rate(number, recipe.lr, recipe.sample_steps)
         rejected, ratio = 0, math.nan
         while True:
             damping = self._raised * (recipe.damping or DAMPING) * made.unit
-            direction = made.system.solve(rest, damping)
-            phi, moved = mu * before + direction.step, mu * image + direction.moved
+            if before is None:
+                direction = solve_pulled(made.system, point.s, damping, pulls)
+            else:
+                direction = solve_pulled(made.system, point.s, 0.0, [Pull(damping, *before), *pulls])
             length = lr * unbiased(mu, number + 1)
-            objective.move_((point.weights.double() - length * phi.double()).to(objective.dtype))
+            objective.move_((point.weights.double() - length * direction.step.double()).to(objective.dtype))
             if recipe.adapt:
-                ratio = self._ratio(point, length * moved)
+                ratio = self._ratio(point, length * direction.step, length * direction.moved)
             if ratio > 0 or not recipe.adapt:
-                self._phi = phi if mu else None
+                self._phi = direction.step if mu else None
                 break
             self._raised = min(MOST_RAISE, self._raised * RAISE)
             if rejected == recipe.max_retries:
@@ -110,7 +113,7 @@ class SampledSteps:
             self._raised = max(1.0, self._raised / EASE)
         elif 0 < ratio < 0.25:
             self._raised = min(MOST_RAISE, self._raised * RAISE)
-        self._choice.note(made, direction.solved.iterations, damping)
+        self._choice.note(made, direction.solved.iterations, damping + objective.decay(point.at.rows))
         return {
             "damping": damping / made.unit if made.unit > 0 else 0.0,
             **({"gain_ratio": ratio} if recipe.adapt else {}),
@@ -119,9 +122,9 @@ class SampledSteps:
             "linear_residual": direction.solved.residual,
         }
 
-    def _ratio(self, point: Point, moved: Tensor) -> float:
+    def _ratio(self, point: Point, step: Tensor, moved: Tensor) -> float:
         """The fall of the sample's loss over the promised one; nan where either is not to be had."""
-        promised = self._objective.promised(point.s, moved)
+        promised = self._objective.promised(point, step, moved)
         there = self._objective.evaluate(point.batch)
         return (point.at.total - there.total) / promised if promised > 0 and math.isfinite(there.total) else math.nan
 

@@ -7,7 +7,7 @@ system takes this rank's rows of v and gives the whole of d, equal on all ranks,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -46,6 +46,30 @@ class System(Protocol):
     def effective_dimension(self, damping: float) -> float | None:
         """tr K (K + damping I)^-1, where it is known without much work."""
         ...
+
+
+@dataclass(frozen=True)
+class Pull:
+    """A place (P,) that a solution is drawn to, how strongly, and this rank's rows of J times the place."""
+
+    weight: float
+    place: Tensor
+    image: Tensor
+
+
+def solve_pulled(system: System, v: Tensor, damping: float, pulls: Sequence[Pull]) -> Direction:
+    """d with the least |J d - v|^2 + damping |d|^2 + the sum of weight |d - place|^2. Collective.
+
+    With c the mean of the places by weight, 0 among them, d - c is the solution of (J^T J + all weights) x =
+    J^T (v - J c)."""
+    if not pulls:
+        return system.solve(v, damping)
+    total = damping + sum(pull.weight for pull in pulls)
+    shares = [pull.weight / total if total > 0 else 0.0 for pull in pulls]
+    centre = torch.stack([share * pull.place for share, pull in zip(shares, pulls, strict=True)]).sum(0)
+    image = torch.stack([share * pull.image for share, pull in zip(shares, pulls, strict=True)]).sum(0)
+    found = system.solve(v - image, total)
+    return Direction(centre + found.step, image + found.moved, found.solved)
 
 
 class Operator(Protocol):

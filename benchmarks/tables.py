@@ -1,9 +1,9 @@
 """Regression on a table by a tanh network with two hidden layers of 64: `python benchmarks/tables.py kin40k`.
 
 Every method starts from the same weights and is scored by the same plain module, at the same seconds of training.
-gauss-newton (steps on samples: damping and weight decay) and adam (learning rate and weight decay) are tuned, twelve
-trials each with a third of the seconds (at most --tuning-seconds); their rates fall to nothing over the steps that the
-seconds allow at the pace measured here. L-BFGS has nothing to tune.
+gauss-newton (steps on samples: solver, damping, schedule and weight decay) and adam (learning rate and weight decay)
+are tuned, twelve trials each with a third of the seconds (at most --tuning-seconds); their rates fall to nothing over
+the steps that the seconds allow at the pace measured here. L-BFGS has nothing to tune.
 
 Two tables. The training loss at the end, of the trial with the least; and the test R2 of the row with the best
 validation score, of the trial with the best one. Test rows choose nothing.
@@ -33,8 +33,11 @@ BATCH_SIZE = 256
 RATES, DECAYS = (1e-3, 3e-3, 1e-2, 3e-2), (0.0, 0.01, 0.1)
 """Of adam, whose decay is for each unit of its rate."""
 SAMPLE_ROWS = 512
-DAMPINGS, PENALTIES = (1e-3, 1e-2, 1e-1, 1.0), (0.0, 1e-5, 1e-4)
-"""Of gauss-newton on samples; penalties are its weight decay."""
+HOLD = 0.6
+DAMPINGS, PENALTY = (1e-3, 1e-2, 1e-1), 1e-4
+"""Of gauss-newton with exact steps on samples: each as it is, with the rate held at first, and with weight decay."""
+KFAC = ({"damping": 1e-4}, {"damping": 1e-4, "hold": HOLD}, {"damping": 1e-3, "hold": HOLD})
+"""Of gauss-newton with solver kfac, without tests of its steps."""
 TUNING_SEED = 100
 PACE_SECONDS = 2.0
 LOOKS = 200
@@ -78,7 +81,7 @@ def scheduled(method: piecework.Method, set_: data.Dataset, seconds: float) -> p
         return method
     loss = losses.Squared()
     # Timed at a small rate: at a constant large one a network may diverge, and the pace is the same.
-    timed = replace(method, lr=0.1) if isinstance(method, GaussNewton) else method
+    timed = replace(method, lr=0.1, sample_steps=None, hold=0.0) if isinstance(method, GaussNewton) else method
     rate = pace(timed, model(set_, TUNING_SEED), loss, set_, BATCH_SIZE, min(PACE_SECONDS, seconds / 5))
     steps = max(1, int(rate * seconds))
     if isinstance(method, GaussNewton):
@@ -116,12 +119,17 @@ def trials(recipes: list[Recipe], set_: data.Dataset, seconds: float) -> list[Tr
     return found
 
 
+def sampled(**settings: Any) -> Recipe:
+    """Steps on samples, of as many as will fit into the seconds."""
+    words = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items() if name != "adapt")
+    method = GaussNewton(sample_rows=SAMPLE_ROWS, sample_steps=1, **settings)
+    return Recipe(f"gauss-newton ({words})", method)
+
+
 SAMPLED = [
-    Recipe(
-        f"gauss-newton (damping {damping:g}, weight decay {decay:g})",
-        GaussNewton(sample_rows=SAMPLE_ROWS, damping=damping, weight_decay=decay),
-    )
-    for damping, decay in product(DAMPINGS, PENALTIES)
+    *(sampled(damping=damping, **more) for damping, more in product(DAMPINGS, ({}, {"hold": HOLD}))),
+    *(sampled(damping=damping, weight_decay=PENALTY) for damping in DAMPINGS),
+    *(sampled(solver="kfac", adapt=False, **settings) for settings in KFAC),
 ]
 ADAMS = [
     Recipe(f"adam (lr {lr:g}, weight decay {decay:g})", Adam(lr=lr, weight_decay=decay))
@@ -146,8 +154,9 @@ def main() -> None:
     sections: list[tuple[str, list[str], list[list[object]]]] = [
         (f"Network d-{'-'.join(map(str, HIDDEN))}-1, tanh, float32 where nothing else is said; 10 % of the training "
          f"rows are for validation; seeds 0..{arguments.seeds - 1}, medians [range]. gauss-newton: {SAMPLE_ROWS} rows "
-         f"a step, damping from {DAMPINGS} by weight decay from {PENALTIES}; adam: learning rate from {RATES} by "
-         f"weight decay from {DECAYS}, batches of {BATCH_SIZE}, half a cosine; trials from seed {TUNING_SEED}, each "
+         f"a step; exact steps with damping from {DAMPINGS}, each with hold 0 and {HOLD} and with weight decay "
+         f"{PENALTY}, and solver kfac with {len(KFAC)} settings; adam: learning rate from {RATES} by weight decay from "
+         f"{DECAYS}, batches of {BATCH_SIZE}, half a cosine; trials from seed {TUNING_SEED}, each "
          f"with a third of the seconds or {arguments.tuning_seconds:g}. About {LOOKS} evaluations of a run; of methods "
          "without a schedule one after each step. Targets are standardised: a loss of 1 is the mean's. seconds are "
          "training seconds.", [], []),

@@ -115,7 +115,7 @@ def test_the_memory_of_the_poorest_rank_counts_for_all() -> None:
         return found
 
     assert all("cg" not in solvers for solvers in threads(3, partial(work, least=4e9)))
-    assert threads(3, partial(work, least=12e3)) == [["cg", "cg"]] * 3
+    assert threads(3, partial(work, least=8e3)) == [["cg", "cg"]] * 3
 
 
 def test_a_resume_goes_on_with_the_same_solver_and_bits() -> None:

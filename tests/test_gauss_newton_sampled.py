@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from jacobian_cases import relative
 from piecework.batches import MiniBatches
+from piecework.methods.gauss_newton.choice import SOLVERS
 from piecework.methods.gauss_newton.sampled import EASE, RAISE
 from piecework.training import BadInput, Batch, DidNotSolve
 from plain_gauss_newton import OUTPUTS, SQUARED, Quadratic, bind, direction, flat, metrics, named, network, plain, rows
@@ -29,7 +30,7 @@ def _move(training: Any, batch: Batch) -> Tensor:
     return before - flat(training.model)
 
 
-@pytest.mark.parametrize("solver", ["exact", "qr", "cholesky", "cg", "rpchol", "nystrom", "sketch"])
+@pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("case", ["squared", "softmax"])
 def test_without_momentum_it_is_the_plain_step_on_the_sample(solver: str, case: str) -> None:
     """Over an epoch whose last sample is ragged (24, 24 and 5 rows): each as if its rows were alone."""

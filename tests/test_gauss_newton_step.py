@@ -35,7 +35,7 @@ from plain_gauss_newton import (
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # forward mode
 
 DIRECT = ("exact", "qr", "cholesky")
-ITERATIVE = ("cg", "rpchol", "nystrom")
+ITERATIVE = ("cg", "rpchol", "nystrom", "kfac")
 SOLVERS: dict[str, dict[str, Any]] = {
     **{name: {"solver": name} for name in (*DIRECT, *ITERATIVE)},
     **{kind: {"solver": "sketch", "sketch": kind} for kind in get_args(Sketch)},

@@ -58,8 +58,10 @@ class GaussNewton:
 
     solver: Literal["auto"] | Solver = "auto"
     """exact: Cholesky of K; qr, cholesky: of J and of J^T J, where parameters are fewer than rows; cg, rpchol, nystrom,
-    sketch: conjugate gradients, plain, or preconditioned by a randomly pivoted Cholesky factor, a Nystrom approximation
-    or a sketch; auto: the cheapest by a cost model that measures the machine."""
+    sketch, kfac: conjugate gradients, plain, or preconditioned by a randomly pivoted Cholesky factor, a Nystrom
+    approximation, a sketch or Kronecker factors of the layers; auto: the cheapest by a cost model that measures the
+    machine. Where kfac is asked for on samples, without inner_tolerance, it takes one iteration, with factors averaged
+    over the samples."""
     damping: float | None = None
     """Relative to the mean diagonal of K: at the start, from where it follows the gain ratio; on samples the least.
     None is 1e-3, and 30 where a damping that proves too small would cost many products (cg, rpchol, nystrom; not on
@@ -82,6 +84,8 @@ class GaussNewton:
     None goes on with samples at a constant lr."""
     lr: float = 1.0
     """Factor of a step on a sample."""
+    hold: float = 0.0
+    """Part of sample_steps, in [0, 1), over which lr stays before it falls: more for smooth targets than for noise."""
     momentum: float = 0.0
     """SPRING's decay of the step before, in [0, 1), on samples; with it, lr below 1 is safer."""
     sketch: Sketch = "units"
@@ -90,7 +94,7 @@ class GaussNewton:
     """Columns of the sketch for each row; below 1 it is of low rank. None is 4, 8 or 16, by cost."""
     inner_tolerance: float | None = None
     """Relative residual at which iterative solvers stop; on all rows it tightens by itself where steps contract better.
-    None is 0.1 without a preconditioner and 0.01 with one."""
+    None is 0.1 for cg and kfac, and 0.01 for the others."""
     inner_iterations: int = 250
     """Iterations of one linear system at most."""
     max_retries: int = 16
@@ -119,6 +123,14 @@ class GaussNewton:
             raise BadInput(f"gauss-newton: weight_decay must be at least 0, got {self.weight_decay}")
         if not 0 <= self.momentum < 1:
             raise BadInput(f"gauss-newton: momentum must be in [0, 1), got {self.momentum}")
+        if not 0 <= self.hold < 1:
+            raise BadInput(f"gauss-newton: hold must be in [0, 1), got {self.hold}")
+        if self.hold and self.sample_steps is None:
+            raise BadInput("gauss-newton: hold is a part of sample_steps; give them too, or leave it out")
+        if self.solver == "kfac" and self.momentum and self.inner_tolerance is None:
+            raise BadInput(
+                "gauss-newton: the one iteration of solver kfac has no momentum; leave it out, or give inner_tolerance"
+            )
         if self.sample_rows is None:
             ignored = [name for name in ("sample_steps", "momentum") if getattr(self, name)]
             ignored += ["lr"] if self.lr != 1 else []

@@ -15,6 +15,7 @@ from ...solvers.precondition import Preconditioner
 from ...training import CannotTrain, DidNotSolve, stream
 from .cost import MOST_NYSTROM, Estimate, Rates, Shape, Solver, estimates, measured, pilot, sketch_columns
 from .jacobian import Jacobian, Plan, predicted_bytes
+from .kronecker import KroneckerSystem, LayerFactors
 from .objective import LeastSquares, Point
 from .sketches import low_rank, nystrom_of, sketch_of, widest
 from .systems import Krylov, ParameterSpace, ParameterSpaceQR, SampleSpace, Sharded, System
@@ -47,7 +48,9 @@ MOVED = 30.0
 SQUARED_CONDITION = 1e-8
 """Relative damping below which float64 normal equations lose too much, and QR is taken instead."""
 LOOSE, TIGHT = 0.1, 0.01
-"""Relative residuals at which conjugate gradients stop without and with a preconditioner, whose making costs most."""
+"""Relative residuals at which conjugate gradients stop, and where most of the cost is making the preconditioner."""
+LOOSELY = ("cg", "kfac")
+"""Solvers that stop at the first."""
 DAMPING = 1e-3
 """Relative to the mean diagonal of K, where the recipe does not say."""
 SINGLE = 1e-6
@@ -105,16 +108,29 @@ class Choice:
         if isinstance(made.system, SampleSpace) and not made.system.single and made.unit > 0:
             self._double_below = max(self._double_below, min(1.0, damping / made.unit))
 
-    def linearise(self, point: Point, damping: float | None, *, step: int, tolerance: float) -> Linearised:
+    def has_room(self, plan: Plan, rows: int) -> bool:
+        """For the factors of so many rows of all ranks. Collective the first time."""
+        return predicted_bytes(plan, rows, plan.num_outputs) <= self._means()[1] / 2
+
+    def linearise(
+        self,
+        point: Point,
+        damping: float | None,
+        *,
+        step: int,
+        tolerance: float,
+        jacobian: Jacobian | None = None,
+        layers: LayerFactors | None = None,
+    ) -> Linearised:
         """The system at the model's present weights. Collective.
 
         damping: absolute, weight decay apart; None for that of the start, which is relative; tolerance: of iterative
-        solvers, where the recipe's is not smaller. Raises CannotTrain where no solver fits into memory, DidNotSolve
-        where derivatives are not finite."""
+        solvers, where the recipe's is not smaller; jacobian: where it is known; layers: of the samples before, on
+        samples. Raises CannotTrain where no solver fits into memory, DidNotSolve where derivatives are not finite."""
         objective, plan = self._objective, self._objective.plan(point.batch)
         rates, limit = self._means()
-        factors = predicted_bytes(plan, point.at.rows, point.at.z.shape[1]) <= limit / 2
-        jacobian = objective.jacobian(point.batch) if factors else None
+        if jacobian is None and self.has_room(plan, point.at.rows):
+            jacobian = objective.jacobian(point.batch)
         unit = self._unit(jacobian, point)
         if not math.isfinite(unit):
             raise DidNotSolve(
@@ -126,9 +142,12 @@ class Choice:
         single = damping > max(SINGLE, self._double_below) * unit
         shape = self._shape(plan, point, jacobian, tolerance, single)
         estimate = self._pick(shape, jacobian, damping, unit, step, rates, limit)
-        near = self._tolerance(estimate.solver == "cg", tolerance)
+        near = self._tolerance(estimate.solver in LOOSELY, tolerance)
+        system: System
         if jacobian is not None and estimate.solver in DIRECT:
             system = self._direct(estimate.solver, jacobian, point.s, near, single=single)
+        elif jacobian is not None and estimate.solver == "kfac":
+            system = self._kronecker(jacobian, point.at.rows, near, layers)
         else:
             system = self._iterative(estimate.solver, jacobian, point, shape, damping, step, near)
         return Linearised(system, estimate, unit)
@@ -175,9 +194,9 @@ class Choice:
             tight=self._tolerance(False, tolerance),
         )
 
-    def _tolerance(self, plain: bool, most: float) -> float:
+    def _tolerance(self, loosely: bool, most: float) -> float:
         given = self._recipe.inner_tolerance
-        return min(most, (LOOSE if plain else TIGHT) if given is None else given)
+        return min(most, (LOOSE if loosely else TIGHT) if given is None else given)
 
     def _pick(
         self,
@@ -259,6 +278,22 @@ class Choice:
         if solver == "cholesky":
             return ParameterSpace(jacobian, group, tolerance=tolerance)
         return SampleSpace(jacobian, group, tolerance=tolerance, single=single)
+
+    def _kronecker(
+        self, jacobian: Jacobian, rows: int, tolerance: float, layers: LayerFactors | None
+    ) -> KroneckerSystem:
+        """With the factors of these rows; one iteration, where the recipe wants this solver on samples, with those of
+        the samples before too."""
+        once = layers if self._recipe.solver == "kfac" and self._recipe.inner_tolerance is None else None
+        layers = once or LayerFactors()
+        layers.look(jacobian, self._objective.group)
+        return KroneckerSystem(
+            jacobian,
+            self._objective.group,
+            layers.of(jacobian, rows),
+            tolerance=None if once else tolerance,
+            max_iterations=self._recipe.inner_iterations,
+        )
 
     def _iterative(
         self,

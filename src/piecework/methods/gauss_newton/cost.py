@@ -18,7 +18,7 @@ import torch
 
 from ...solvers.precondition import MOST_RANK
 
-Solver = Literal["exact", "qr", "cholesky", "cg", "rpchol", "nystrom", "sketch"]
+Solver = Literal["exact", "qr", "cholesky", "cg", "rpchol", "nystrom", "sketch", "kfac"]
 
 REFERENCE = {"gemm32": 1.0, "gemm64": 0.5, "skinny32": 0.5, "skinny64": 0.2, "cholesky64": 0.2, "qr64": 0.17}
 """Rates in units of the square float32 product, as two cores of a common processor have them."""
@@ -43,6 +43,10 @@ MOST_NYSTROM = 512
 """Rank of a Nystrom preconditioner: each is a product."""
 PRECONDITIONED = 12.0
 """Iterations with a low-rank preconditioner of twice the effective dimension, to a tolerance of a hundredth."""
+EIGH = 9.0
+"""Operations of a symmetric eigenvalue decomposition with vectors, in units of the cube of its size."""
+KRONECKER, SLOWLY = 8.0, 0.1
+"""Iterations with Kronecker factors to a tolerance of a hundredth, in units of that power of the condition."""
 PLAIN = 1.0
 """Iterations to a tolerance of a hundredth without a preconditioner, in units of the root of the condition."""
 SKETCHES = ((4.0, 22.0), (8.0, 14.0), (16.0, 10.0))
@@ -55,7 +59,8 @@ class Shape:
     """What the costs depend on. rows: N; columns: P; outputs: C; width: Sigma of `Jacobian.width`; factors: whether
     every layer has factors; double: whether the model is float64; single: whether K may be float32; inputs: of the
     layer with most parameters, for sampled units; dimension: d; condition: (largest eigenvalue of K + damping) /
-    damping; loose, tight: relative residuals to which conjugate gradients go without and with a preconditioner."""
+    damping; loose, tight: relative residuals to which conjugate gradients go where a preconditioner costs little or
+    nothing, and where it costs much."""
 
     rows: int
     columns: int
@@ -152,7 +157,8 @@ def estimates(shape: Shape, rates: Rates, known: Mapping[str, float]) -> dict[So
     skinny = rates.skinny64 if shape.double else rates.skinny32
     product = _product(shape) / skinny + OVERHEAD
     digits = max(0.5, -math.log10(shape.tight) / 2)
-    free = min(PLAIN * math.sqrt(shape.condition), 7 * d) * max(0.5, -math.log10(shape.loose) / 2)
+    loosely = max(0.5, -math.log10(shape.loose) / 2)
+    free = min(PLAIN * math.sqrt(shape.condition), 7 * d) * loosely
     most = rank = min(n / 2, MOST_RANK, max(32.0, 2 * d))
     few = PRECONDITIONED * digits * math.sqrt(max(1.0, 2 * d / rank))
     found: dict[Solver, Estimate] = {}
@@ -175,6 +181,10 @@ def estimates(shape: Shape, rates: Rates, known: Mapping[str, float]) -> dict[So
             12 * n * n, iterations * digits, n * n * 8 / rates.bandwidth)  # fmt: skip
         rows_made = n * p * 8 / rates.bandwidth
         add("qr", rows_made + (2 * n * p * p + DAMPED_QR * p**3) / rates.qr64, 40 * p * p)
+        sides = (float(shape.inputs), p / shape.inputs)
+        spectra = sum(EIGH * side**3 / rates.qr64 + 2 * n * side**2 / skinny for side in sides)
+        add("kfac", spectra, size * (6 * p + 4 * sum(side**2 for side in sides)),
+            KRONECKER * shape.condition**SLOWLY * loosely, 4 * p * sum(sides) / skinny)  # fmt: skip
         add("cholesky", rows_made + 2 * n * p * p / rates.gemm64 + p**3 / 3 / rates.cholesky64, 24 * p * p)
     add("cg", 0.0, 6 * size * n, free)
     rank = min(rank, MOST_NYSTROM)

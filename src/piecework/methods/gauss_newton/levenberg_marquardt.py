@@ -15,7 +15,7 @@ from .choice import DAMPING, DIRECT, Choice, Linearised
 from .elimination import eliminate_, output_layer
 from .objective import Evaluation, LeastSquares, Point
 from .sampled import SampledSteps
-from .systems import Direction, solve_pulled
+from .systems import Direction
 
 if TYPE_CHECKING:
     from . import GaussNewton
@@ -103,11 +103,11 @@ class LevenbergMarquardt:
         least = LEAST_DAMPING.get(objective.dtype, 1e-8) * made.unit / rows
         most = MOST_DAMPING * made.unit / rows
         rejected, solves, decay = 0, 0, objective.decay(rows)
-        pulls = objective.pulls(start, made.system)
+        pulls = objective.pulls(start)
         assert self._damping is not None
         while True:
             damping = max(self._damping, least) * rows
-            direction = solve_pulled(made.system, start.s, damping, pulls)
+            direction = made.system.solve(start.s, damping, pulls)
             solves += direction.solved.iterations
             end, ratio = self._try(start, made, direction, damping + decay)
             taken = end is not None and (ratio > 0 or not self._recipe.adapt)

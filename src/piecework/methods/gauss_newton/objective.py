@@ -17,7 +17,7 @@ from ...nn import Standardise
 from ...training import BadInput, Batch, CannotTrain, stream
 from ..parameters import packed, refuse_noise_and_coupling, start_from_rank_0, trainable, unpack_
 from .jacobian import PROBE_ROWS, Jacobian, MatrixFree, Plan, capture, concatenate, plan, values_of
-from .systems import Pull, System
+from .systems import Pull
 
 CURVATURE = ("residual", "root_mv", "root_t_mv")
 
@@ -107,29 +107,30 @@ class LeastSquares:
 
     def evaluate(self, batch: Batch) -> Evaluation:
         """Collective."""
-        found, total = [], torch.zeros(2, dtype=torch.float64, device=self.device)
         settled = self.plan(batch)
-        for x, y in self.tiles(batch):
-            z = values_of(self.model, settled, x)
+        return self._evaluation(batch, [(values_of(self.model, settled, x), y) for x, y in self.tiles(batch)])
+
+    def _evaluation(self, batch: Batch, tiles: Sequence[tuple[Tensor, Tensor]]) -> Evaluation:
+        """From outputs and targets of this rank's rows. Collective."""
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for z, y in tiles:
             total[0] += self.loss.total(z, y)
-            found.append(z)
         total[1] = len(batch)
         self.group.sum_(total)
         loss, rows = total.tolist()
         if rows == 0:
             raise BadInput("there are no rows to train on, on any rank")
         penalty = self.decay(int(rows)) / 2 * float(self.weights.double().square().sum()) if self._weight_decay else 0.0
-        return Evaluation(torch.cat(found) if found else self._no_rows(batch), loss + penalty, int(rows), penalty)
+        z = torch.cat([z for z, _ in tiles]) if tiles else self._no_rows(batch)
+        return Evaluation(z, loss + penalty, int(rows), penalty)
 
     def decay(self, rows: int) -> float:
         """The penalty's second derivative by any weight, for so many rows."""
         return self._weight_decay * rows
 
-    def pulls(self, point: Point, system: System) -> list[Pull]:
+    def pulls(self, point: Point) -> list[Pull]:
         """What the penalty adds to the system there: a step of all the weights would bring it to 0."""
-        if not self._weight_decay:
-            return []
-        return [Pull(self.decay(point.at.rows), point.weights, system.image(point.weights))]
+        return [Pull(self.decay(point.at.rows), point.weights)] if self._weight_decay else []
 
     def point(self, batch: Batch, at: Evaluation | None = None) -> Point:
         """The present weights, evaluated on the batch unless that was done. Collective."""
@@ -173,17 +174,29 @@ class LeastSquares:
 
     def jacobian(self, batch: Batch) -> Jacobian:
         """J (N, P) of this rank's rows in factors."""
-        found, (settled, probe) = [], self._probed(batch)
+        return self._captured(batch)[1]
+
+    def linearised(self, batch: Batch) -> tuple[Point, Jacobian]:
+        """`point` and `jacobian` from one forward pass. Collective."""
+        tiles, jacobian = self._captured(batch)
+        return self.point(batch, self._evaluation(batch, tiles)), jacobian
+
+    def _captured(self, batch: Batch) -> tuple[list[tuple[Tensor, Tensor]], Jacobian]:
+        """Outputs and targets tile by tile, and the Jacobian of all."""
+        settled, probe = self._probed(batch)
         if not len(batch):
-            return capture(self.model, settled, probe[:1])[1].samples(slice(0, 0))
+            return [], capture(self.model, settled, probe[:1])[1].samples(slice(0, 0))
+        values, parts = [], []
         for x, y in self.tiles(batch):
 
             def columns(z: Tensor, y: Tensor = y) -> list[Tensor]:
                 units = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
                 return [self.loss.root_mv(z, y, unit.expand_as(z)) for unit in units]
 
-            found.append(capture(self.model, settled, x, columns)[1])
-        return found[0] if len(found) == 1 else concatenate(found)
+            z, part = capture(self.model, settled, x, columns)
+            values.append((z, y))
+            parts.append(part)
+        return values, parts[0] if len(parts) == 1 else concatenate(parts)
 
     def products(self, point: Point, *, keep: bool = False) -> MatrixFree | Jacobian:
         """J of this rank's rows as products; keep: their graphs, which are about as much memory as factors are."""

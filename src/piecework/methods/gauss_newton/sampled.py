@@ -8,7 +8,7 @@ phi_t is the minimum of |J phi - s|^2 + damping |phi - mu phi_{t-1}|^2 over the 
 Differs from the paper
 1. The damping is relative to the mean diagonal of K of each sample, so that a smaller last one is treated alike. It is
    raised where the loss on the sample rises or falls by less than a quarter of what is promised, and eased again.
-2. Without momentum, the default, large steps are possible: the rate starts at 1 and falls linearly.
+2. Without momentum, the default, large steps are possible: the rate starts at 1, is held or not, and falls linearly.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ from ...batches import MiniBatches
 from ...group import Group
 from ...training import BadInput, Batch, DidNotSolve
 from .choice import DAMPING, Choice, Linearised
+from .jacobian import Jacobian
+from .kronecker import LayerFactors
 from .objective import LeastSquares, Point
-from .systems import Pull, solve_pulled
+from .systems import Pull
 
 if TYPE_CHECKING:
     from . import GaussNewton
@@ -43,19 +45,19 @@ class SampledSteps:
     def __init__(self, recipe: GaussNewton, objective: LeastSquares, choice: Choice) -> None:
         self._recipe, self._objective, self._choice = recipe, objective, choice
         self._sampler: Sampler | None = None
+        self._layers = LayerFactors()
         self._phi: Tensor | None = None
         self._raised = 1.0
 
     def step(self, batch: Batch, number: int) -> tuple[dict[str, float], str]:
         """Move the model; the figures of step 0, 1, ... and the solver that it took. Collective."""
-        objective = self._objective
-        point = objective.point(self._rows(batch, number))
+        point, jacobian = self._here(self._rows(batch, number))
         if not math.isfinite(point.at.total):
             raise DidNotSolve(
                 f"the loss is not finite at step {number}: a step on a sample was too long; raise damping or "
                 "sample_rows, or lower lr"
             )
-        made = self._choice.linearise(point, None, step=number, tolerance=1.0)
+        made = self._choice.linearise(point, None, step=number, tolerance=1.0, jacobian=jacobian, layers=self._layers)
         began = time.perf_counter()
         figures = self._search(point, made, number)
         return {
@@ -64,6 +66,14 @@ class SampledSteps:
             "predicted_seconds": made.estimate.seconds,
             "solve_seconds": time.perf_counter() - began,
         }, made.estimate.solver
+
+    def _here(self, rows: Batch) -> tuple[Point, Jacobian | None]:
+        """The sample's point, and its Jacobian where its factors fit into memory."""
+        objective, sample_rows = self._objective, self._recipe.sample_rows
+        assert sample_rows is not None
+        if self._choice.has_room(objective.plan(rows), sample_rows):
+            return objective.linearised(rows)
+        return objective.point(rows), None
 
     def _rows(self, batch: Batch, number: int) -> Batch:
         recipe, objective = self._recipe, self._objective
@@ -84,18 +94,16 @@ class SampledSteps:
     def _search(self, point: Point, made: Linearised, number: int) -> dict[str, float]:
         """Take the step, where the recipe adapts with a damping at which the loss of the sample falls."""
         objective, recipe, mu = self._objective, self._recipe, self._recipe.momentum
-        before = None
-        if mu and self._phi is not None:
-            before = (mu * self._phi, mu * made.system.image(self._phi))
-        pulls = objective.pulls(point, made.system)
-        lr = rate(number, recipe.lr, recipe.sample_steps)
+        before = mu * self._phi if mu and self._phi is not None else None
+        pulls = objective.pulls(point)
+        lr = rate(number, recipe.lr, recipe.sample_steps, recipe.hold)
         rejected, ratio = 0, math.nan
         while True:
             damping = self._raised * (recipe.damping or DAMPING) * made.unit
             if before is None:
-                direction = solve_pulled(made.system, point.s, damping, pulls)
+                direction = made.system.solve(point.s, damping, pulls)
             else:
-                direction = solve_pulled(made.system, point.s, 0.0, [Pull(damping, *before), *pulls])
+                direction = made.system.solve(point.s, 0.0, [Pull(damping, before), *pulls])
             length = lr * unbiased(mu, number + 1)
             objective.move_((point.weights.double() - length * direction.step.double()).to(objective.dtype))
             if recipe.adapt:
@@ -119,7 +127,7 @@ class SampledSteps:
             **({"gain_ratio": ratio} if recipe.adapt else {}),
             "rejected": float(rejected),
             "iterations": float(direction.solved.iterations),
-            "linear_residual": direction.solved.residual,
+            **({} if math.isnan(direction.solved.residual) else {"linear_residual": direction.solved.residual}),
         }
 
     def _ratio(self, point: Point, step: Tensor, moved: Tensor) -> float:
@@ -129,10 +137,12 @@ class SampledSteps:
         return (point.at.total - there.total) / promised if promised > 0 and math.isfinite(there.total) else math.nan
 
     def state(self) -> dict[str, Any]:
-        return {"raised": self._raised, **({} if self._phi is None else {"phi": self._phi.clone()})}
+        phi = {} if self._phi is None else {"phi": self._phi.clone()}
+        return {"raised": self._raised, "layers": self._layers.state(), **phi}
 
     def go_on(self, state: Mapping[str, Any]) -> None:
         self._raised, phi = float(state["raised"]), state.get("phi")
+        self._layers.go_on(state["layers"], self._objective.device)
         self._phi = None if phi is None else phi.to(self._objective.device, self._objective.dtype, copy=True)
 
 
@@ -158,9 +168,9 @@ class Sampler:
         return self.batch if self._mini is None else self._mini.batch(step)
 
 
-def rate(step: int, lr: float, steps: int | None) -> float:
-    """lr_t of step 0, 1, ...: constant, or falling linearly to nothing over `steps`."""
-    return lr if steps is None else lr * max(0.0, 1 - step / steps)
+def rate(step: int, lr: float, steps: int | None, hold: float = 0.0) -> float:
+    """lr_t of step 0, 1, ...: constant, or for a part `hold` of the steps, and then falling linearly to nothing."""
+    return lr if steps is None else lr * max(0.0, min(1.0, (1 - step / steps) / (1 - hold)))
 
 
 def unbiased(momentum: float, step: int) -> float:

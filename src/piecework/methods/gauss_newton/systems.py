@@ -7,9 +7,10 @@ system takes this rank's rows of v and gives the whole of d, equal on all ranks,
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -34,42 +35,11 @@ class Direction:
     solved: Solved
 
 
-class System(Protocol):
-    def solve(self, v: Tensor, damping: float) -> Direction:
-        """d for this rank's rows v (N,). Collective."""
-        ...
-
-    def image(self, w: Tensor) -> Tensor:
-        """This rank's rows of J w."""
-        ...
-
-    def effective_dimension(self, damping: float) -> float | None:
-        """tr K (K + damping I)^-1, where it is known without much work."""
-        ...
-
-
-@dataclass(frozen=True)
-class Pull:
-    """A place (P,) that a solution is drawn to, how strongly, and this rank's rows of J times the place."""
+class Pull(NamedTuple):
+    """A place (P,) that a solution is drawn to, and how strongly."""
 
     weight: float
     place: Tensor
-    image: Tensor
-
-
-def solve_pulled(system: System, v: Tensor, damping: float, pulls: Sequence[Pull]) -> Direction:
-    """d with the least |J d - v|^2 + damping |d|^2 + the sum of weight |d - place|^2. Collective.
-
-    With c the mean of the places by weight, 0 among them, d - c is the solution of (J^T J + all weights) x =
-    J^T (v - J c)."""
-    if not pulls:
-        return system.solve(v, damping)
-    total = damping + sum(pull.weight for pull in pulls)
-    shares = [pull.weight / total if total > 0 else 0.0 for pull in pulls]
-    centre = torch.stack([share * pull.place for share, pull in zip(shares, pulls, strict=True)]).sum(0)
-    image = torch.stack([share * pull.image for share, pull in zip(shares, pulls, strict=True)]).sum(0)
-    found = system.solve(v - image, total)
-    return Direction(centre + found.step, image + found.moved, found.solved)
 
 
 class Operator(Protocol):
@@ -99,6 +69,48 @@ class Sharded:
         out = self.operator.t_mv(v)
         self.group.sum_(out)
         return out
+
+
+class System(ABC):
+    """J of all ranks' rows at one point."""
+
+    def __init__(self, rows: Sharded) -> None:
+        self._rows = rows
+
+    @abstractmethod
+    def solve(self, v: Tensor, damping: float, pulls: Sequence[Pull] = ()) -> Direction:
+        """d with the least |J d - v|^2 + damping |d|^2 + the sum of weight |d - place|^2, for this rank's rows v (N,).
+        Collective."""
+        ...
+
+    def image(self, w: Tensor) -> Tensor:
+        """This rank's rows of J w."""
+        return self._rows.operator.mv(w)
+
+    @abstractmethod
+    def effective_dimension(self, damping: float) -> float | None:
+        """tr K (K + damping I)^-1, where it is known without much work."""
+        ...
+
+
+class Centred(System):
+    """Solves without pulls, and with them from their centre.
+
+    With c the mean of the places by weight, 0 among them, d - c is the solution of (J^T J + all weights) x =
+    J^T (v - J c)."""
+
+    def solve(self, v: Tensor, damping: float, pulls: Sequence[Pull] = ()) -> Direction:
+        if not pulls:
+            return self._solve(v, damping)
+        total = damping + sum(pull.weight for pull in pulls)
+        shares = [pull.weight / total if total > 0 else 0.0 for pull in pulls]
+        centre = torch.stack([share * pull.place for share, pull in zip(shares, pulls, strict=True)]).sum(0)
+        image = self.image(centre)
+        found = self._solve(v - image, total)
+        return Direction(centre + found.step, image + found.moved, found.solved)
+
+    @abstractmethod
+    def _solve(self, v: Tensor, damping: float) -> Direction: ...
 
 
 class Products:
@@ -139,7 +151,7 @@ class _InDouble:
         return self._jacobian.t_mv_in(torch.float64, v)
 
 
-class SampleSpace:
+class SampleSpace(Centred):
     """K itself, formed once; a Cholesky factorisation for each damping.
 
     single: whether to try in float32, where the model is. What that does not solve to the tolerance, its rounding
@@ -148,7 +160,8 @@ class SampleSpace:
     J^T g: at a small damping g is large, and nearly all of it cancels."""
 
     def __init__(self, jacobian: Jacobian, group: Group, *, tolerance: float, single: bool) -> None:
-        self._rows, self._jacobian, self._tolerance = Sharded(jacobian, group), jacobian, tolerance
+        super().__init__(Sharded(jacobian, group))
+        self._jacobian, self._tolerance = jacobian, tolerance
         self.single = single and jacobian.dtype == torch.float32
         self._form()
 
@@ -158,7 +171,7 @@ class SampleSpace:
         self._gram = self._rows.all(gram)
         self._damped = DampedGram(self._gram, tolerance=self._tolerance, dtype=dtype, symmetric=group.size == 1)
 
-    def solve(self, v: Tensor, damping: float) -> Direction:
+    def _solve(self, v: Tensor, damping: float) -> Direction:
         right = self._rows.all(v)
         solved = self._damped.solve(right, damping)
         if self.single and not solved.residual <= self._tolerance:
@@ -193,20 +206,18 @@ class SampleSpace:
         step, moved = product.of(solved.x)
         return Direction(step.to(right.dtype), moved.to(right.dtype), solved)
 
-    def image(self, w: Tensor) -> Tensor:
-        return self._rows.operator.mv(w)
-
     def effective_dimension(self, damping: float) -> float | None:
         return self._damped.effective_dimension(damping)
 
 
-class ParameterSpaceQR:
+class ParameterSpaceQR(Centred):
     """R of QR of [J, s] tile by tile, then of all ranks' triangles; and for each damping QR of [R; sqrt(damping) I].
 
     The condition of J is never squared for v = s; other right-hand sides enter by J^T v and one refinement."""
 
     def __init__(self, jacobian: Jacobian, s: Tensor, group: Group) -> None:
-        self._rows, self._s, self._p = Sharded(jacobian, group), s, jacobian.num_columns
+        super().__init__(Sharded(jacobian, group))
+        self._s, self._p = s, jacobian.num_columns
         triangle = s.new_zeros(0, self._p + 1, dtype=torch.float64)
         for start, rows in jacobian.tiles():
             stop = start + len(rows)
@@ -216,7 +227,7 @@ class ParameterSpaceQR:
         self._triangle = triangle
         self._damped: tuple[float, Tensor] | None = None
 
-    def solve(self, v: Tensor, damping: float) -> Direction:
+    def _solve(self, v: Tensor, damping: float) -> Direction:
         both = self._factor(damping)
         r = both[: self._p, : self._p]
         if v is self._s:
@@ -246,9 +257,6 @@ class ParameterSpaceQR:
         triangle = self._triangle[: self._p, : self._p]
         return triangle.t() @ (triangle @ step) + damping * step
 
-    def image(self, w: Tensor) -> Tensor:
-        return self._rows.operator.mv(w)
-
     def effective_dimension(self, damping: float) -> float | None:
         """P - damping |R^-1|^2 of the damped triangle."""
         r = self._factor(damping)[: self._p, : self._p]
@@ -276,11 +284,11 @@ def _seminormal(r: Tensor, right: Tensor) -> Tensor:
     return _back(r, half[:, 0])
 
 
-class ParameterSpace:
+class ParameterSpace(Centred):
     """J^T J (P, P) added up over tiles of rows and over the ranks; a Cholesky factorisation for each damping."""
 
     def __init__(self, jacobian: Jacobian, group: Group, *, tolerance: float) -> None:
-        self._rows = Sharded(jacobian, group)
+        super().__init__(Sharded(jacobian, group))
         p = jacobian.num_columns
         self._normal = torch.zeros(p, p, dtype=torch.float64, device=jacobian.device)
         for _, rows in jacobian.tiles():
@@ -289,19 +297,16 @@ class ParameterSpace:
         group.sum_(self._normal)
         self._damped = DampedGram(self._normal, tolerance=tolerance)
 
-    def solve(self, v: Tensor, damping: float) -> Direction:
+    def _solve(self, v: Tensor, damping: float) -> Direction:
         solved = self._damped.solve(self._rows.t_mv(v).double(), damping)
         step = solved.x.to(v.dtype)
         return Direction(step, self._rows.operator.mv(step), solved)
-
-    def image(self, w: Tensor) -> Tensor:
-        return self._rows.operator.mv(w)
 
     def effective_dimension(self, damping: float) -> float | None:
         return self._damped.effective_dimension(damping)
 
 
-class Krylov:
+class Krylov(Centred):
     """Conjugate gradients on K + damping I from products, preconditioned or not.
 
     The vectors are those of all ranks' rows, on every rank: a product is one sum of P numbers and one gather of N."""
@@ -315,11 +320,11 @@ class Krylov:
         max_iterations: int,
         preconditioner: Callable[[Sharded], Preconditioner] | None = None,
     ) -> None:
-        self._rows = Sharded(operator, group)
+        super().__init__(Sharded(operator, group))
         self._tolerance, self._max_iterations = tolerance, max_iterations
         self._preconditioner = preconditioner(self._rows) if preconditioner is not None else None
 
-    def solve(self, v: Tensor, damping: float) -> Direction:
+    def _solve(self, v: Tensor, damping: float) -> Direction:
         product = Products(self._rows)
         solved = pcg(
             product,
@@ -330,9 +335,6 @@ class Krylov:
             max_iterations=self._max_iterations,
         )
         return Direction(*product.of(solved.x), solved)
-
-    def image(self, w: Tensor) -> Tensor:
-        return self._rows.operator.mv(w)
 
     def effective_dimension(self, damping: float) -> float | None:
         return self._preconditioner.effective_dimension(damping) if self._preconditioner is not None else None

@@ -3,6 +3,7 @@
 Read `whole.py` for what it can do, `factors.py` for why that is cheap, `capture.py` for where the factors come from,
 `planning.py` for which parameter takes which back-end, and `products.py` for doing without factors."""
 
+from .blocks import Block
 from .capture import Plan, capture, predicted_bytes, values_of
 from .factors import Factors
 from .planning import PROBE_ROWS, plan
@@ -11,6 +12,7 @@ from .whole import Jacobian, concatenate
 
 __all__ = [
     "PROBE_ROWS",
+    "Block",
     "Factors",
     "Jacobian",
     "MatrixFree",

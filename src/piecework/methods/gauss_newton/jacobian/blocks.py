@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ....solvers import sketch
+from ....solvers.kronecker import Moments
 from ....training import BadInput
 
 Kind = Literal["count", "sparse-sign", "srht", "tensorsketch", "tensor-srht"]
@@ -67,6 +68,18 @@ class Block(ABC):
         """out += J_l J_other^T in tiles of rows, in the dtype of out, (N, N_other).
 
         lower: only what lies on and below the diagonal is asked for; the rest of `out` is then undefined."""
+
+    @abstractmethod
+    def moments(self) -> Moments:
+        """Sums over the samples from which `solvers.kronecker` makes the block of J^T J."""
+
+    @abstractmethod
+    def matrix(self, w: Tensor) -> Tensor:
+        """Weights (P_l,) in the form that the moments are of."""
+
+    @abstractmethod
+    def flat(self, matrix: Tensor) -> Tensor:
+        """The inverse of `matrix`, (P_l,)."""
 
     @abstractmethod
     def tensors(self) -> tuple[Tensor, ...]:
@@ -200,6 +213,16 @@ class Rows(Block):
         for part in spans(self.num_rows, other.num_rows, shares=8):
             end = part.stop if lower else other.num_rows
             out[part, :end].addmm_(left[part], right[:end].t())
+
+    def moments(self) -> Moments:
+        """The diagonal."""
+        return (self.explicit().square().sum(0),)
+
+    def matrix(self, w: Tensor) -> Tensor:
+        return w
+
+    def flat(self, matrix: Tensor) -> Tensor:
+        return matrix
 
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.j,)

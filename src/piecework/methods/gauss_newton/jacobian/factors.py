@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ....solvers import sketch
+from ....solvers.kronecker import Moments
 from ....training import BadInput
 from .blocks import Block, Kind, check_kind, spans
 
@@ -113,6 +114,8 @@ class Factors(Block):
 
     def diagonal(self) -> Tensor:
         n, c, uses, _ = self.d.shape
+        if uses == 1:
+            return (self.d.square().sum((2, 3)) * self.input_norms()).view(-1)
         out = torch.empty(n, c, dtype=self.dtype, device=self.device)
         if uses * (self.num_units + self._input_width) <= self.num_columns:
             for part in spans(n, c * uses * max(uses, self.num_units), least=1):
@@ -134,6 +137,12 @@ class Factors(Block):
             norms += (self.d[part].square() * inputs[part, None, :, None]).sum((0, 1, 2))
         index, weight = sketch.sample_units(norms, num, seed)
         return self._with_d(self.d[..., index] * weight.to(self.dtype).sqrt())
+
+    def _output_moments(self) -> Tensor:
+        """The sum of d d^T, (D, D), for one use: positions are taken as independent, with the inputs summed over them
+        (Grosse and Martens, arXiv 1602.01407, equation 22)."""
+        d = self.d.reshape(-1, self.num_units)
+        return d.t() @ d / self.num_uses
 
     @abstractmethod
     def _with_d(self: F, d: Tensor) -> F: ...
@@ -235,6 +244,19 @@ class Outer(Factors):
             out[part.start * c : part.stop * c] = found.view(some.num_rows, uses, num).sum(1)
         return out
 
+    def moments(self) -> Moments:
+        a = self._inputs().reshape(-1, self.num_inputs)
+        return (a.t() @ a, self._output_moments())
+
+    def matrix(self, w: Tensor) -> Tensor:
+        """(D, A), the bias as the last input."""
+        units, width = self.num_units, self.a.shape[2]
+        weight = w[: units * width].view(units, width)
+        return torch.cat([weight, w[units * width :, None]], 1) if self.bias else weight
+
+    def flat(self, matrix: Tensor) -> Tensor:
+        return self._joined(matrix[:, : self.a.shape[2]], matrix[:, -1])
+
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.a, self.d)
 
@@ -297,6 +319,17 @@ class Lookup(Factors):
 
     def input_norms(self) -> Tensor:
         return torch.ones(self.index.shape, dtype=self.dtype, device=self.device)
+
+    def moments(self) -> Moments:
+        counts = torch.bincount(self.index.reshape(-1), minlength=self.num_embeddings)
+        return (counts.to(self.dtype), self._output_moments())
+
+    def matrix(self, w: Tensor) -> Tensor:
+        """(D, A)."""
+        return w.view(-1, self.num_units).t()
+
+    def flat(self, matrix: Tensor) -> Tensor:
+        return matrix.t().reshape(-1)
 
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.index, self.d)

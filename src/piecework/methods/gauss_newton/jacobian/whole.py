@@ -6,7 +6,7 @@ root); columns run through `trainable(model, ...)`, each parameter flattened.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -81,7 +81,7 @@ class Jacobian:
             return torch.stack([self.mv(column) for column in w.t()], 1)
         out = torch.zeros(self.num_rows, dtype=self.dtype, device=self.device)
         for block, places in zip(self.blocks, self.places, strict=True):
-            out += block.mv(torch.cat([w[place] for place in places]).to(self.dtype))
+            out += block.mv(_taken(w, places).to(self.dtype))
         return out.to(w.dtype)
 
     def t_mv(self, v: Tensor) -> Tensor:
@@ -91,9 +91,16 @@ class Jacobian:
             return torch.stack([self.t_mv(column) for column in v.t()], 1)
         out = torch.empty(self.num_columns, dtype=v.dtype, device=self.device)
         for block, places in zip(self.blocks, self.places, strict=True):
-            parts = torch.split(block.t_mv(v.to(self.dtype)), [place.stop - place.start for place in places])
-            for place, part in zip(places, parts, strict=True):
-                out[place] = part
+            _put(out, places, block.t_mv(v.to(self.dtype)))
+        return out
+
+    def by_blocks(self, w: Tensor, function: Callable[[int, Block, Tensor], Tensor]) -> Tensor:
+        """The flat vector (P,) of what the function makes of each block's columns of w: (number of the block, block,
+        (P_l,)) -> (P_l,)."""
+        self._check(w, self.num_columns)
+        out = torch.empty_like(w)
+        for position, (block, places) in enumerate(zip(self.blocks, self.places, strict=True)):
+            _put(out, places, function(position, block, _taken(w, places)))
         return out
 
     def t_mv_in(self, dtype: torch.dtype, v: Tensor) -> Tensor:
@@ -237,6 +244,20 @@ class Jacobian:
 
     def _with(self, blocks: Iterable[Block]) -> Jacobian:
         return Jacobian(tuple(blocks), self.places, self.num_columns)
+
+
+def _taken(w: Tensor, places: Sequence[slice]) -> Tensor:
+    """Those pieces of a flat vector, as one."""
+    return w[places[0]] if len(places) == 1 else torch.cat([w[place] for place in places])
+
+
+def _put(out: Tensor, places: Sequence[slice], pieces: Tensor) -> None:
+    """The counterpart of `_taken`, in place."""
+    start = 0
+    for place in places:
+        stop = start + place.stop - place.start
+        out[place] = pieces[start:stop]
+        start = stop
 
 
 def concatenate(parts: Sequence[Jacobian]) -> Jacobian:

@@ -65,6 +65,13 @@ def test_many_ranks_give_the_step_of_one(solver: str, ranks: int, case: str) -> 
     _compare(threads(ranks, work), work(Solo()))
 
 
+@pytest.mark.parametrize("sizes", [(NUM, 0), (50, 3), (20, 0, 1, 32)])
+def test_factors_of_the_samples_so_far_do_not_see_the_ranks(sizes: tuple[int, ...]) -> None:
+    """A sample of all rows is the same one on any number of ranks."""
+    work = partial(_train, solver="kfac", sample_rows=NUM, inner_tolerance=None, steps=4)
+    _compare(threads(len(sizes), partial(work, sizes=sizes)), work(Solo()))
+
+
 @pytest.mark.parametrize("kind", ["tensorsketch", "srht"])
 def test_sketches_of_rows_do_not_see_the_ranks(kind: str) -> None:
     work = partial(_train, solver="sketch", sketch=kind, sketch_rows=2.0)

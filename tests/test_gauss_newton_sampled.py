@@ -10,14 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from jacobian_cases import relative
+from piecework import Solo
 from piecework.batches import MiniBatches
 from piecework.methods.gauss_newton.choice import SOLVERS
-from piecework.methods.gauss_newton.sampled import EASE, RAISE
+from piecework.methods.gauss_newton.kronecker import LayerFactors
+from piecework.methods.gauss_newton.objective import LeastSquares
+from piecework.methods.gauss_newton.sampled import EASE, RAISE, rate
 from piecework.training import BadInput, Batch, DidNotSolve
 from plain_gauss_newton import OUTPUTS, SQUARED, Quadratic, bind, direction, flat, metrics, named, network, plain, rows
 
 SAMPLE = {"sample_rows": 24, "damping": 1e-2, "inner_tolerance": 1e-12}
 FIXED = {**SAMPLE, "adapt": False}
+KFAC = {"solver": "kfac", "sample_rows": 24, "damping": 1e-2, "adapt": False}
 
 
 def _samples(batch: Batch, size: int = 24, *, seed: int = 0) -> MiniBatches:
@@ -74,12 +78,67 @@ def test_with_momentum_it_is_the_minimum_of_spring(momentum: float, solver: str)
         assert relative(_move(training, batch), lr * unbiased) < (1e-10 if solver != "cg" else 1e-8)
 
 
+def test_one_iteration_with_the_factors_of_the_samples_so_far() -> None:
+    """Means of two samples at the second step, each at the weights it was seen at; weight decay in the right side."""
+    batch, model, decay = rows(53), network(), 1e-2
+    training = bind(model, **{**KFAC, "weight_decay": decay})
+    layers, objective = LayerFactors(), LeastSquares(model, SQUARED, Solo(), weight_decay=decay)
+    for step in range(4):
+        sample = _samples(batch).batch(step)
+        point, jacobian = objective.linearised(sample)
+        layers.look(jacobian, Solo())
+        j = jacobian.rows(0, len(sample))
+        damping = 1e-2 * float(j.square().sum(1).mean()) + decay * len(sample)
+        right = j.t() @ point.s + decay * len(sample) * point.weights
+        z = layers.of(jacobian, len(sample)).at(damping)(right)
+        expected = float(right @ z) / float((j @ z).square().sum() + damping * (z @ z)) * z
+        assert relative(_move(training, batch), expected) < 1e-10
+
+
+def test_kronecker_factors_with_a_tolerance_solve_the_sample() -> None:
+    batch, model = rows(53), network()
+    training = bind(model, solver="kfac", momentum=0.5, lr=0.1, **FIXED)
+    twin = bind(copy.deepcopy(model), solver="exact", momentum=0.5, lr=0.1, **FIXED)
+    for _ in range(4):
+        assert relative(_move(training, batch), _move(twin, batch)) < 1e-7
+
+
+def test_one_iteration_has_no_momentum_and_no_residual() -> None:
+    with pytest.raises(BadInput, match="one iteration of solver kfac has no momentum; leave it out, or give inner_t"):
+        bind(network(), **KFAC, momentum=0.5)
+    told = metrics(bind(network(), **KFAC), rows(53))
+    assert told["iterations"] == 1
+    assert "linear_residual" not in told
+
+
+def test_the_rate_is_held_and_then_falls() -> None:
+    assert [rate(step, 0.5, 8, 0.5) for step in range(9)] == [0.5] * 5 + [0.375, 0.25, 0.125, 0.0]
+    batch, model = rows(53), network()
+    training = bind(model, solver="exact", sample_steps=4, hold=0.5, **FIXED)
+    for step, length in enumerate([1.0, 1.0, 1.0, 0.5]):
+        expected = Quadratic.of(model, "squared", _samples(batch).batch(step)).step(1e-2)
+        assert relative(_move(training, batch), length * expected) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"hold": 1.0, "sample_steps": 5}, r"hold must be in \[0, 1\), got 1"),
+        ({"hold": -0.1, "sample_steps": 5}, r"hold must be in \[0, 1\), got -0.1"),
+        ({"hold": 0.5}, "hold is a part of sample_steps; give them too, or leave it out"),
+    ],
+)
+def test_a_hold_of_nothing_is_refused(settings: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(BadInput, match=sentence):
+        bind(network(), sample_rows=24, **settings)
+
+
 def test_the_rate_falls_linearly_to_nothing() -> None:
     batch, model = rows(53), network()
     training = bind(model, solver="exact", lr=0.5, sample_steps=4, **FIXED)
-    for step, rate in enumerate([0.5, 0.375, 0.25, 0.125]):
+    for step, length in enumerate([0.5, 0.375, 0.25, 0.125]):
         expected = Quadratic.of(model, "squared", _samples(batch).batch(step)).step(1e-2)
-        assert relative(_move(training, batch), rate * expected) < 1e-9
+        assert relative(_move(training, batch), length * expected) < 1e-9
 
 
 def test_without_an_end_the_rate_stays() -> None:
@@ -149,7 +208,9 @@ def test_the_loss_that_is_told_is_that_of_the_sample_before_the_step() -> None:
 
 
 @pytest.mark.parametrize("stop", [1, 3, 5])
-@pytest.mark.parametrize("own", [{"momentum": 0.9, "lr": 0.1}, {"damping": 1e-9}])
+@pytest.mark.parametrize(
+    "own", [{"momentum": 0.9, "lr": 0.1}, {"damping": 1e-9}, {"solver": "kfac", "inner_tolerance": None}]
+)
 def test_a_resumed_run_goes_on_bit_for_bit(stop: int, own: dict[str, Any]) -> None:
     """Within the samples, at their end, and in the full steps after them; the second raises its damping."""
     batch, settings = rows(53), {**SAMPLE, "sample_steps": 4, "solver": "exact", **own}

@@ -37,10 +37,12 @@ MEMORY = 0.75
 """Of the machine's, where the recipe does not say."""
 PILOT_RANK = 128
 """Columns of K from which the effective dimension is guessed."""
-PILOT_SHARE = 0.1
-"""Of the least predicted seconds: a pilot that costs more than this is not made."""
+PILOT_SHARE = 0.2
+"""Of the least predicted seconds of a sure solver: a pilot that costs more than this is not made."""
 TRACE_PROBES = 8
 """Products of random signs from which the trace of K is estimated, where there are products alone."""
+FADING = 0.5
+"""Of the iterations remembered: a single quick solve says little."""
 FEWER = 0.7
 """A part of the rows of the last look below which a choice would not be for the usual number."""
 MOVED = 30.0
@@ -104,7 +106,8 @@ class Choice:
     def note(self, made: Linearised, iterations: int, damping: float) -> None:
         """Remember how many iterations the solver took, or that float32 was not enough for it."""
         if made.estimate.solver not in DIRECT:
-            self._known[made.estimate.solver] = (float(iterations), damping)
+            before = self._known.get(made.estimate.solver, (0.0, 0.0))[0]
+            self._known[made.estimate.solver] = (max(float(iterations), FADING * before), damping)
         if isinstance(made.system, SampleSpace) and not made.system.single and made.unit > 0:
             self._double_below = max(self._double_below, min(1.0, damping / made.unit))
 
@@ -212,8 +215,8 @@ class Choice:
         if self._recipe.solver == "auto" and self._stale(step, damping, shape.rows):
             found = self._fitting(shape, snapped, damping, limit)
             quick = [one for one in found.values() if not one.iterations and one.seconds <= SMALL]
-            least = min(one.seconds for one in found.values())
-            if jacobian is not None and not quick and pilot(shape, snapped, PILOT_RANK) <= PILOT_SHARE * least:
+            sure = min((one.seconds for one in found.values() if one.solver in SURE), default=math.inf)
+            if jacobian is not None and not quick and pilot(shape, snapped, PILOT_RANK) <= PILOT_SHARE * sure:
                 shape = self._explored(shape, jacobian, damping)
                 found = self._fitting(shape, snapped, damping, limit)
             self._solver = self._cheapest(quick or list(found.values()), shape, damping / unit if unit > 0 else 0.0)

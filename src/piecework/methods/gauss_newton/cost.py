@@ -46,7 +46,8 @@ PRECONDITIONED = 12.0
 EIGH = 9.0
 """Operations of a symmetric eigenvalue decomposition with vectors, in units of the cube of its size."""
 KRONECKER, SLOWLY = 8.0, 0.1
-"""Iterations with Kronecker factors to a tolerance of a hundredth, in units of that power of the condition."""
+"""Iterations with Kronecker factors to a tolerance of a hundredth, in units of that power of the condition; where
+few directions count, by the root of their part more: the factors know averages alone."""
 PLAIN = 1.0
 """Iterations to a tolerance of a hundredth without a preconditioner, in units of the root of the condition."""
 SKETCHES = ((4.0, 22.0), (8.0, 14.0), (16.0, 10.0))
@@ -59,8 +60,7 @@ class Shape:
     """What the costs depend on. rows: N; columns: P; outputs: C; width: Sigma of `Jacobian.width`; factors: whether
     every layer has factors; double: whether the model is float64; single: whether K may be float32; inputs: of the
     layer with most parameters, for sampled units; dimension: d; condition: (largest eigenvalue of K + damping) /
-    damping; loose, tight: relative residuals to which conjugate gradients go where a preconditioner costs little or
-    nothing, and where it costs much."""
+    damping; loose, tight: relative residuals to which conjugate gradients go without and with a preconditioner."""
 
     rows: int
     columns: int
@@ -157,8 +157,7 @@ def estimates(shape: Shape, rates: Rates, known: Mapping[str, float]) -> dict[So
     skinny = rates.skinny64 if shape.double else rates.skinny32
     product = _product(shape) / skinny + OVERHEAD
     digits = max(0.5, -math.log10(shape.tight) / 2)
-    loosely = max(0.5, -math.log10(shape.loose) / 2)
-    free = min(PLAIN * math.sqrt(shape.condition), 7 * d) * loosely
+    free = min(PLAIN * math.sqrt(shape.condition), 7 * d) * max(0.5, -math.log10(shape.loose) / 2)
     most = rank = min(n / 2, MOST_RANK, max(32.0, 2 * d))
     few = PRECONDITIONED * digits * math.sqrt(max(1.0, 2 * d / rank))
     found: dict[Solver, Estimate] = {}
@@ -181,10 +180,11 @@ def estimates(shape: Shape, rates: Rates, known: Mapping[str, float]) -> dict[So
             12 * n * n, iterations * digits, n * n * 8 / rates.bandwidth)  # fmt: skip
         rows_made = n * p * 8 / rates.bandwidth
         add("qr", rows_made + (2 * n * p * p + DAMPED_QR * p**3) / rates.qr64, 40 * p * p)
+        averaged = KRONECKER * shape.condition**SLOWLY * math.sqrt(max(1.0, min(n, p) / (4 * d)))
         sides = (float(shape.inputs), p / shape.inputs)
         spectra = sum(EIGH * side**3 / rates.qr64 + 2 * n * side**2 / skinny for side in sides)
         add("kfac", spectra, size * (6 * p + 4 * sum(side**2 for side in sides)),
-            KRONECKER * shape.condition**SLOWLY * loosely, 4 * p * sum(sides) / skinny)  # fmt: skip
+            averaged * digits, 4 * p * sum(sides) / skinny)  # fmt: skip
         add("cholesky", rows_made + 2 * n * p * p / rates.gemm64 + p**3 / 3 / rates.cholesky64, 24 * p * p)
     add("cg", 0.0, 6 * size * n, free)
     rank = min(rank, MOST_NYSTROM)

@@ -23,7 +23,7 @@ from .systems import Direction, Pull, Sharded, System
 KEEP = 0.9
 """What the moments so far count beside those of one more sample, once there are many."""
 EVERY, FIRST = 10, 5
-"""Every so manieth sample counts, and of the first, where the moments change most, all of them."""
+"""One sample in EVERY counts, and all of the first, where the moments change most."""
 
 
 class LayerFactors:

@@ -38,7 +38,8 @@ MEMORY = 0.75
 PILOT_RANK = 128
 """Columns of K from which the effective dimension is guessed."""
 PILOT_SHARE = 0.2
-"""Of the least predicted seconds of a sure solver: a pilot that costs more than this is not made."""
+"""Of the least predicted seconds of a sure solver: a pilot that costs more than this is not made; nor one that costs
+more than any solver, whose iterations may be a guess."""
 TRACE_PROBES = 8
 """Products of random signs from which the trace of K is estimated, where there are products alone."""
 FADING = 0.5
@@ -215,8 +216,7 @@ class Choice:
         if self._recipe.solver == "auto" and self._stale(step, damping, shape.rows):
             found = self._fitting(shape, snapped, damping, limit)
             quick = [one for one in found.values() if not one.iterations and one.seconds <= SMALL]
-            sure = min((one.seconds for one in found.values() if one.solver in SURE), default=math.inf)
-            if jacobian is not None and not quick and pilot(shape, snapped, PILOT_RANK) <= PILOT_SHARE * sure:
+            if jacobian is not None and not quick and pilot(shape, snapped, PILOT_RANK) <= _worth(found):
                 shape = self._explored(shape, jacobian, damping)
                 found = self._fitting(shape, snapped, damping, limit)
             self._solver = self._cheapest(quick or list(found.values()), shape, damping / unit if unit > 0 else 0.0)
@@ -339,6 +339,12 @@ class Choice:
         least = min(costs.values(), key=lambda one: one.bytes)
         way_out = f"solver {least.solver} needs {_size(least.bytes)}: take it, or " if least.bytes <= limit else "take "
         return CannotTrain(f"{needs}; {way_out}fewer rows in a step (sample_rows), or raise memory")
+
+
+def _worth(found: Mapping[Solver, Estimate]) -> float:
+    """The seconds that a pilot may cost."""
+    sure = min((one.seconds for one in found.values() if one.solver in SURE), default=math.inf)
+    return min(PILOT_SHARE * sure, min(one.seconds for one in found.values()))
 
 
 def _size(num_bytes: float) -> str:

@@ -268,7 +268,9 @@ def test_a_pilot_is_made_only_where_it_is_cheap(seconds: float, made: bool, monk
     assert (training.state_dict()["choice"]["dimension"] > 0) == made
 
 
-@pytest.mark.parametrize(("solver", "damping"), [("exact", 1e-3), ("sketch", 1e-3), ("cg", 30.0), ("rpchol", 30.0)])
+@pytest.mark.parametrize(
+    ("solver", "damping"), [("exact", 1e-3), ("sketch", 1e-3), ("cg", 30.0), ("rpchol", 30.0), ("kfac", 30.0)]
+)
 def test_solvers_whose_retries_are_dear_start_with_more_damping(solver: str, damping: float) -> None:
     told = metrics(bind(network(), solver=solver, adapt=False), rows(53))
     assert told["damping"] == pytest.approx(damping)

@@ -64,8 +64,8 @@ class GaussNewton:
     over the samples."""
     damping: float | None = None
     """Relative to the mean diagonal of K: at the start, from where it follows the gain ratio; on samples the least.
-    None is 1e-3, and 30 where a damping that proves too small would cost many products (cg, rpchol, nystrom; not on
-    samples)."""
+    None is 1e-3, and 30 where a damping that proves too small would cost many products (cg, rpchol, nystrom, kfac;
+    not on samples)."""
     adapt: bool = True
     """Change the damping by the gain ratio and take back steps that do not lower the loss; without, a fixed damping and
     every step is taken."""

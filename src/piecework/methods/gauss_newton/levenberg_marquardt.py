@@ -30,7 +30,7 @@ LEAST_DAMPING = {torch.float64: 1e-18, torch.float32: 1e-12}
 """Relative to the mean diagonal of K."""
 MOST_DAMPING = 1e18
 """Relative too: a step is then less than rounding, and stalls one after the other do not overflow."""
-DEAR_RETRIES = ("cg", "rpchol", "nystrom")
+DEAR_RETRIES = ("cg", "rpchol", "nystrom", "kfac")
 """Solvers for which a damping that proves too small costs many products."""
 CAREFUL_DAMPING = 30.0
 """Relative damping at the start for those."""

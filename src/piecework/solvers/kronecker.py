@@ -2,8 +2,8 @@
 
 The gradient of a linear map (D, A) is d a^T for what went in, a, and what came back, d, so its block of J^T J is a sum
 of a a^T (x) d d^T over the samples. With a and d taken as independent it is the number of samples times the product of
-two means (Martens and Grosse, K-FAC, arXiv 1503.05671, equation 3). In the eigenvectors of the two the block is
-diagonal, for any damping (George et al., arXiv 1806.03884, section 3).
+two means (Martens and Grosse, K-FAC, arXiv 1503.05671, section 3). In the eigenvectors of the two the block is
+diagonal, for any damping (their basis is that of George et al., arXiv 1806.03884).
 
 Differs from K-FAC
 1. The damping is added to the product, not in parts to its factors, so that a retry costs no factorisation.

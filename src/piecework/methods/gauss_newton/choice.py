@@ -288,13 +288,13 @@ class Choice:
         """With the factors of these rows; one iteration, where the recipe wants this solver on samples, with those of
         the samples before too."""
         once = layers if self._recipe.solver == "kfac" and self._recipe.inner_tolerance is None else None
-        layers = once or LayerFactors()
+        layers = LayerFactors() if once is None else once
         layers.look(jacobian, self._objective.group)
         return KroneckerSystem(
             jacobian,
             self._objective.group,
             layers.of(jacobian, rows),
-            tolerance=None if once else tolerance,
+            tolerance=tolerance if once is None else None,
             max_iterations=self._recipe.inner_iterations,
         )
 

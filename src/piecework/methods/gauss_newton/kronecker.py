@@ -1,7 +1,7 @@
 """Solver kfac: conjugate gradients on J^T J + damping I, preconditioned by Kronecker factors of the layers.
 
 On samples of the rows the factors are means over the samples so far, and one iteration is taken: K-FAC with the length
-of a step by the sample's own J (Martens and Grosse, arXiv 1503.05671, section 6.4)."""
+of a step by the sample's own J (Martens and Grosse, arXiv 1503.05671, section 6)."""
 
 from __future__ import annotations
 

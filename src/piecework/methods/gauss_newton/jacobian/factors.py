@@ -140,7 +140,7 @@ class Factors(Block):
 
     def _output_moments(self) -> Tensor:
         """The sum of d d^T, (D, D), for one use: positions are taken as independent, with the inputs summed over them
-        (Grosse and Martens, arXiv 1602.01407, equation 22)."""
+        (Grosse and Martens, arXiv 1602.01407)."""
         d = self.d.reshape(-1, self.num_units)
         return d.t() @ d / self.num_uses
 

@@ -14,7 +14,7 @@ import argparse
 import math
 import time
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -224,27 +224,32 @@ def main() -> None:
     parser.add_argument("--stress", action="store_true", help="only the float32 table")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    header = ["n x p", "damping", *SOLVERS, "auto chose", "predicted seconds", "seconds"]
+    if arguments.stress:
+        about = (
+            f"n = {STRESS_ROWS}, tanh 2-64-64-1, iterative solvers to 1e-6: the relative residual that the solver states "
+            "(of its own system) / that of the normal equations in float64"
+        )
+        header = ["relative damping", "Cholesky of K in float32, by hand", *STRESS_SOLVERS]
+        report.write(
+            "solvers-float32", "One damped system in float32 as the damping falls", [(about, header, stress())]
+        )
+        return
     table: list[list[object]] = []
     warm = Problem.of(50, FEATURES, (8, 8), "tanh")
     for one in SOLVERS:  # rates are measured and code is loaded once in a process, at nobody's cost
         solve(warm, Choice(GaussNewton(solver=one), warm.objective), damping=1e-2)
-    for num in [] if arguments.stress else arguments.rows:
+    for num in arguments.rows:
         for parameters in arguments.parameters:
             for activation in arguments.activations:
                 table += cells(num, parameters, activation, arguments.limit_seconds, arguments.limit_gib)
-    digits = ["relative damping", "Cholesky of K in float32, by hand", *STRESS_SOLVERS]
-    sections: list[tuple[str, list[str], list[Any]]] = [
-        (f"Seconds to set up and solve, iterations (of direct solvers 1), to {TOLERANCE:g}, and the fall of the "
-         f"quadratic model as a part of the furthest in the row; d = {FEATURES}, "
-         f"float32; in brackets, and not run: predicted beyond {arguments.limit_seconds:g} s or "
-         f"{arguments.limit_gib:g} GiB. The seconds of auto include its exploration, the prediction does not.",
-         header if table else [], table),
-        (f"float32 as the damping falls, n = {STRESS_ROWS}, tanh 2-64-64-1, iterative solvers to 1e-6: the relative "
-         "residual that the solver states (of its own system) / that of the normal equations in float64",
-         digits, stress()),
-    ]  # fmt: skip
-    report.write("solvers", "One damped system by every solver", sections)
+    about = (
+        f"Seconds to set up and solve, iterations (of direct solvers 1), to {TOLERANCE:g}, and the fall of the quadratic "
+        f"model as a part of the furthest in the row; d = {FEATURES}, float32; in brackets, and not run: predicted beyond "
+        f"{arguments.limit_seconds:g} s or {arguments.limit_gib:g} GiB. The seconds of auto include its exploration, the "
+        "prediction does not."
+    )
+    header = ["n x p", "damping", *SOLVERS, "auto chose", "predicted seconds", "seconds"]
+    report.write("solvers", "One damped system by every solver", [(about, header, table)])
 
 
 if __name__ == "__main__":

@@ -226,8 +226,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     if arguments.stress:
         about = (
-            f"n = {STRESS_ROWS}, tanh 2-64-64-1, iterative solvers to 1e-6: the relative residual that the solver states "
-            "(of its own system) / that of the normal equations in float64"
+            f"n = {STRESS_ROWS}, tanh 2-64-64-1, iterative solvers to 1e-6: the relative residual that the solver "
+            "states (of its own system) / that of the normal equations in float64"
         )
         header = ["relative damping", "Cholesky of K in float32, by hand", *STRESS_SOLVERS]
         report.write(
@@ -243,10 +243,10 @@ def main() -> None:
             for activation in arguments.activations:
                 table += cells(num, parameters, activation, arguments.limit_seconds, arguments.limit_gib)
     about = (
-        f"Seconds to set up and solve, iterations (of direct solvers 1), to {TOLERANCE:g}, and the fall of the quadratic "
-        f"model as a part of the furthest in the row; d = {FEATURES}, float32; in brackets, and not run: predicted beyond "
-        f"{arguments.limit_seconds:g} s or {arguments.limit_gib:g} GiB. The seconds of auto include its exploration, the "
-        "prediction does not."
+        f"Seconds to set up and solve, iterations (of direct solvers 1), to {TOLERANCE:g}, and the fall of the "
+        f"quadratic model as a part of the furthest in the row; d = {FEATURES}, float32; in brackets, and not run: "
+        f"predicted beyond {arguments.limit_seconds:g} s or {arguments.limit_gib:g} GiB. The seconds of auto include "
+        "its exploration, the prediction does not."
     )
     header = ["n x p", "damping", *SOLVERS, "auto chose", "predicted seconds", "seconds"]
     report.write("solvers", "One damped system by every solver", [(about, header, table)])

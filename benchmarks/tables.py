@@ -155,8 +155,8 @@ def main() -> None:
         (f"Network d-{'-'.join(map(str, HIDDEN))}-1, tanh, float32 where nothing else is said; 10 % of the training "
          f"rows are for validation; seeds 0..{arguments.seeds - 1}, medians [range]. gauss-newton: {SAMPLE_ROWS} rows "
          f"a step; exact steps with damping from {DAMPINGS}, each with hold 0 and {HOLD} and with weight decay "
-         f"{PENALTY}, and solver kfac with {len(KFAC)} settings; adam: learning rate from {RATES} by weight decay from "
-         f"{DECAYS}, batches of {BATCH_SIZE}, half a cosine; trials from seed {TUNING_SEED}, each "
+         f"{PENALTY}, and solver kfac, its steps not tested, with {len(KFAC)} settings; adam: learning rate from "
+         f"{RATES} by weight decay from {DECAYS}, batches of {BATCH_SIZE}, half a cosine; trials from seed {TUNING_SEED}, each "
          f"with a third of the seconds or {arguments.tuning_seconds:g}. About {LOOKS} evaluations of a run; of methods "
          "without a schedule one after each step. Targets are standardised: a loss of 1 is the mean's. seconds are "
          "training seconds.", [], []),

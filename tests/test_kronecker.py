@@ -204,7 +204,7 @@ def test_a_first_iterate_that_overflows_says_so() -> None:
 # -- means over samples ------------------------------------------------------------------------------------------------
 
 
-def test_means_forget_and_count_every_so_manieth_sample() -> None:
+def test_means_forget_and_count_one_sample_in_so_many() -> None:
     """All of the first, then one in EVERY; a plain mean until KEEP would weigh more."""
     model = network(3)
     samples = [_jacobian(model, randn(60 - step, 3, seed=step)) for step in range(3 * EVERY + 1)]

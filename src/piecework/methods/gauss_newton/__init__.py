@@ -85,7 +85,7 @@ class GaussNewton:
     lr: float = 1.0
     """Factor of a step on a sample."""
     hold: float = 0.0
-    """Part of sample_steps, in [0, 1), over which lr stays before it falls: more for smooth targets than for noise."""
+    """Part of sample_steps, in [0, 1), over which lr stays before it falls."""
     momentum: float = 0.0
     """SPRING's decay of the step before, in [0, 1), on samples; with it, lr below 1 is safer."""
     sketch: Sketch = "units"

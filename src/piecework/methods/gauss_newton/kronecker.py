@@ -30,7 +30,7 @@ class LayerFactors:
     """The moments of the layers, a mean over samples, and their factors; equal on all ranks."""
 
     def __init__(self) -> None:
-        self._seen = self._count = 0
+        self._seen = 0
         self._means: list[Moments] = []
         self._factors: list[KroneckerFactor] = []
 
@@ -44,14 +44,14 @@ class LayerFactors:
         found = [block.moments() for block in jacobian.blocks]
         samples = torch.tensor([jacobian.num_samples], dtype=jacobian.dtype, device=jacobian.device)
         group.sum_(samples, *(moment for moments in found for moment in moments))
-        keep = min(1 - 1 / (self._count + 1), KEEP)
+        counted = min(self._seen, FIRST) + max(0, self._seen - 1) // EVERY
+        keep = min(counted / (counted + 1), KEEP)
         share = (1 - keep) / float(samples)
         if not self._means:
             self._means = [tuple(torch.zeros_like(moment) for moment in moments) for moments in found]
         for means, moments in zip(self._means, found, strict=True):
             for mean, moment in zip(means, moments, strict=True):
                 mean.mul_(keep).add_(moment, alpha=share)
-        self._count += 1
         self._factors = [KroneckerFactor.of(mean) for mean in self._means]
 
     def of(self, jacobian: Jacobian, samples: int) -> KroneckerBlocks:
@@ -62,13 +62,12 @@ class LayerFactors:
         """Copies; of the factors too, since another process may round them otherwise."""
         return {
             "seen": self._seen,
-            "count": self._count,
             "means": [_copied(means) for means in self._means],
             "factors": [_copied((one.values, one.outputs, one.inputs)) for one in self._factors],
         }
 
     def go_on(self, state: Mapping[str, Any], device: torch.device) -> None:
-        self._seen, self._count = int(state["seen"]), int(state["count"])
+        self._seen = int(state["seen"])
         self._means = [tuple(_copied(means, device)) for means in state["means"]]
         self._factors = [KroneckerFactor(*_copied(parts, device)) for parts in state["factors"]]
 

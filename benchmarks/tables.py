@@ -156,10 +156,10 @@ def main() -> None:
          f"rows are for validation; seeds 0..{arguments.seeds - 1}, medians [range]. gauss-newton: {SAMPLE_ROWS} rows "
          f"a step; exact steps with damping from {DAMPINGS}, each with hold 0 and {HOLD} and with weight decay "
          f"{PENALTY}, and solver kfac, its steps not tested, with {len(KFAC)} settings; adam: learning rate from "
-         f"{RATES} by weight decay from {DECAYS}, batches of {BATCH_SIZE}, half a cosine; trials from seed {TUNING_SEED}, each "
-         f"with a third of the seconds or {arguments.tuning_seconds:g}. About {LOOKS} evaluations of a run; of methods "
-         "without a schedule one after each step. Targets are standardised: a loss of 1 is the mean's. seconds are "
-         "training seconds.", [], []),
+         f"{RATES} by weight decay from {DECAYS}, batches of {BATCH_SIZE}, half a cosine; trials from seed "
+         f"{TUNING_SEED}, each with a third of the seconds or {arguments.tuning_seconds:g}. About {LOOKS} evaluations "
+         "of a run; of methods without a schedule one after each step. Targets are standardised: a loss of 1 is the "
+         "mean's. seconds are training seconds.", [], []),
     ]  # fmt: skip
     name, seeds = arguments.set, range(arguments.seeds)
     sets = {dtype: data.load(f"uci/{name}", validation=0.1, dtype=dtype) for dtype in (torch.float32, torch.float64)}

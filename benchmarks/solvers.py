@@ -5,8 +5,8 @@ relu, float32; relative damping 1e-2 and 1e-4, to a relative residual of 1e-2. A
 solve, the iterations, and how far the quadratic model falls, as a part of the furthest fall in the row: residuals are
 of the rows, and with kfac of the gradient, which says less. A prediction beyond the limits is shown in brackets and is
 not run. Quick solves are repeated, all solvers and `auto` in turn, and the median counts. Then what `auto` chose, what
-it predicted and what it took, and its seconds over those of the quickest solver that fell about as far. `--stress` is
-what float32 costs in digits as the damping falls, alone.
+it predicted and what it took, and its seconds over those of the quickest solver that fell about as far. A file for each
+n. `--stress` is what float32 costs in digits as the damping falls, alone.
 """
 
 from __future__ import annotations
@@ -268,14 +268,9 @@ def main() -> None:
             "solvers-float32", "One damped system in float32 as the damping falls", [(about, header, stress())]
         )
         return
-    table: list[list[object]] = []
     warm = Problem.of(50, FEATURES, (8, 8), "tanh")
     for one in SOLVERS:  # rates are measured and code is loaded once in a process, at nobody's cost
         solve(warm, Choice(GaussNewton(solver=one), warm.objective), damping=1e-2)
-    for num in arguments.rows:
-        for parameters in arguments.parameters:
-            for activation in arguments.activations:
-                table += cells(num, parameters, activation, arguments.limit_seconds, arguments.limit_gib)
     about = (
         f"Seconds to set up and solve, iterations (of direct solvers 1), to {TOLERANCE:g}, and the fall of the "
         f"quadratic model as a part of the furthest in the row; d = {FEATURES}, float32; in brackets, and not run: "
@@ -284,7 +279,12 @@ def main() -> None:
         f"prediction does not; the ratio is to the quickest of those that fell by {AS_FAR:g} of the furthest."
     )
     header = ["n x p", "damping", *SOLVERS, "auto chose", "predicted seconds", "auto", "ratio"]
-    report.write("solvers", "One damped system by every solver", [(about, header, table)])
+    for num in arguments.rows:
+        table: list[list[object]] = []
+        for parameters in arguments.parameters:
+            for activation in arguments.activations:
+                table += cells(num, parameters, activation, arguments.limit_seconds, arguments.limit_gib)
+        report.write(f"solvers-{num}", f"One damped system of {num} rows by every solver", [(about, header, table)])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A regression with scikit-learn's interface: `python 04_regression_from_a_table.py --data diabetes`.
 
-`Regressor(GaussNewton())` standardises features and targets, holds rows back for stopping, and gives a plain
-torch module in `model_`. Beside it: Adam on the same network, and linear regression.
+`Regressor(GaussNewton(), validation=0.1, patience=25)` standardises features and targets, holds rows back for stopping,
+and gives a plain torch module in `model_`. Beside it: Adam on the same network, and linear regression.
 """
 
 from __future__ import annotations

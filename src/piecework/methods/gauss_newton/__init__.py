@@ -20,7 +20,7 @@ what is left of s after the move to the mean of 0 and theta, weighted by damping
 Differs from the paper
 1. Any network and any loss with curvature, damping, a gain ratio and rejection: the paper's undamped unit step has no
    defence against a bad start outside its regime of width n^4.
-2. The sketch is one of four solvers, and rarely the fastest: for plain layers K is a sum of Hadamard products of small
+2. The sketch is one of several solvers, and rarely the fastest: for plain layers K is a sum of Hadamard products of small
    factors and needs no Jacobian, so that what the sketch saves does not exist: docs/methods/gauss_newton.md.
 3. Conjugate gradients where the published pseudo-code descends on the squared system; the latter is in `faithful`.
 """

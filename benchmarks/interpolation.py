@@ -1,6 +1,6 @@
 """Seconds until a network makes no error on its training rows: `python benchmarks/interpolation.py`.
 
-digits (64-64-10, all training rows) and MNIST's first 10,000 (784-128-10), relu, softmax, float32. gauss-newton with
+digits (64-64-10, all training rows) and 10,000 rows of MNIST (784-128-10), relu, softmax, float32. gauss-newton with
 solver kfac on samples (rows and damping) and adam (learning rate and batch size) are tuned for these seconds with at
 most nine trials each, from a start of their own (seed 100); gauss-newton on all rows and L-BFGS run with their
 defaults. A run is scored after every quarter of an epoch (adam) or every step, or where that is less than 5 % of the

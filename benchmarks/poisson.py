@@ -21,7 +21,7 @@ from torch.func import hessian, jvp, vmap
 
 import piecework
 import report
-from fits import errors_of, pace
+from fits import at_rest, errors_of, pace
 from piecework import LBFGS, Adam, Batch, GaussNewton, data, losses
 from piecework.nn import Residual
 
@@ -132,10 +132,11 @@ def run(
     network, loss = model(laplacian, seed), losses.Squared()
     training = method.bind(network, loss)
     errors: list[tuple[float, float]] = []
+    rest = at_rest()
 
     def look(row: dict[str, Any]) -> bool:
         errors.append((row["seconds"], error(network.network)))
-        return isinstance(method, LBFGS) and row["stalled"] == 1.0  # it would return at once from here on
+        return isinstance(method, LBFGS) and rest(row)
 
     steps = {"steps": method.schedule_steps} if isinstance(method, Adam) and method.schedule_steps else {}
     every = 50 if training.batches == "mini" else None
@@ -162,14 +163,14 @@ def scheduled(adam: Adam, laplacian: Laplacian, set_: data.Dataset, seconds: flo
     return replace(adam, schedule="cosine", schedule_steps=max(1, int(seconds / each)))
 
 
-def tuned_adam(laplacian: Laplacian, set_: data.Dataset, seconds: float) -> Adam:
+def tuned_rate(laplacian: Laplacian, set_: data.Dataset, seconds: float) -> float:
     found = []
     for rate in RATES:
         recipe = scheduled(Adam(lr=rate), laplacian, set_, seconds / 3)
         loss = run(recipe, laplacian, set_, TUNING_SEED, seconds / 3)["train"]["loss"]
         found.append(math.inf if loss is None else loss)
         print(f"  tune adam {rate:g}: loss {found[-1]:.2e}", flush=True)
-    return scheduled(Adam(lr=RATES[found.index(min(found))]), laplacian, set_, seconds)
+    return RATES[found.index(min(found))]
 
 
 def main() -> None:
@@ -182,11 +183,12 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     set_, laplacian, seconds = samples(), LAPLACIANS[arguments.laplacian], arguments.seconds
-    methods: dict[str, Callable[[], piecework.Method]] = {
-        "gauss-newton": lambda: GaussNewton(),
-        "gauss-newton, geodesic off": lambda: GaussNewton(geodesic=False),
-        "lbfgs": lambda: LBFGS(),
-        "adam": lambda: tuned_adam(laplacian, set_, seconds),
+    methods: dict[str, piecework.Method] = {
+        "gauss-newton": GaussNewton(),
+        "gauss-newton, geodesic off": GaussNewton(geodesic=False),
+        "lbfgs": LBFGS(),
+        "lbfgs, 100 pairs": LBFGS(history=100),
+        "adam": Adam(),
     }
     paces = []
     for name, one in LAPLACIANS.items():
@@ -194,14 +196,20 @@ def main() -> None:
         paces.append([name, *each])
         print(f"  {name}: {each[0]:.1f} ms a step of gauss-newton", flush=True)
     rows = []
-    for name in [name for name in methods if not arguments.only or name in arguments.only]:
-        method = methods[name]()
-        shown = f"{name} (lr {method.lr:g})" if isinstance(method, Adam) else name
-        found = []
-        for seed in range(arguments.seeds):
+    chosen = {name: method for name, method in methods.items() if not arguments.only or name in arguments.only}
+    lr = tuned_rate(laplacian, set_, seconds) if "adam" in chosen else 0.0
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen}
+    for seed in range(arguments.seeds):  # every method in its turn: machines do not keep their pace
+        for name, method in chosen.items():
             began = time.perf_counter()
-            found.append(run(method, laplacian, set_, seed, seconds))
-            print(f"  {shown} seed {seed}: {found[-1]['error']:.2e}, {time.perf_counter() - began:.0f} s", flush=True)
+            if isinstance(method, Adam):
+                method = scheduled(Adam(lr=lr), laplacian, set_, seconds)
+            runs[name].append(run(method, laplacian, set_, seed, seconds))
+            print(
+                f"  {name} seed {seed}: {runs[name][-1]['error']:.2e}, {time.perf_counter() - began:.0f} s", flush=True
+            )
+    for name, found in runs.items():
+        shown = f"adam (lr {lr:g})" if name == "adam" else name
         rows.append([
             shown,
             errors_of(tuple(row["error"] for row in found)),
@@ -216,7 +224,8 @@ def main() -> None:
         "Poisson equation, 257 parameters: relative L2 error of the solution",
         [
             (f"{INSIDE} points inside, {BOUNDARY} on the boundary, the same for all seeds; {seconds:g} s each; seeds "
-             f"0..{arguments.seeds - 1}, medians [range]; Laplacian by {arguments.laplacian}; adam with all points in "
+             f"0..{arguments.seeds - 1}, medians [range]; Laplacian by {arguments.laplacian}; lbfgs with "
+             f"{LBFGS().history} pairs where nothing else is said; adam with all points in "
              f"a step, learning rate from {RATES} by the loss from seed {TUNING_SEED} with a third of the seconds "
              "each, half a cosine over the steps that the seconds allow; seconds to an error are those of the first "
              "evaluation below it.", [], []),

@@ -42,7 +42,7 @@ def write(name: str, title: str, sections: Sequence[tuple[str, Sequence[str], Se
         f"- command: `{shlex.join(['python', f'benchmarks/{Path(sys.argv[0]).name}', *sys.argv[1:]])}`",
         f"- commit: {_output('git', 'rev-parse', '--short', 'HEAD')}{dirty}, {datetime.date.today()}",
         f"- machine: {processor()}, {os.cpu_count()} cores, {platform.system()}; torch {torch.__version__}, "
-        f"{threads} {'thread' if threads == 1 else 'threads'}",
+        f"{threads} {'thread' if threads == 1 else 'threads'}, load {os.getloadavg()[2]:.1f} at the end",
     ]
     for text, header, rows in sections:
         lines += ["", text] if text else []
@@ -78,6 +78,7 @@ def spread(values: Sequence[float | None], digits: int = 4) -> str:
     known = [value for value in values if value is not None]
     if middle is None:
         return f"not reached ({len(known)} of {len(values)} seeds)"
-    if len(known) == 1:
+    if len(values) == 1:
         return f"{middle:.{digits}f}"
-    return f"{middle:.{digits}f} [{min(known):.{digits}f}, {max(known):.{digits}f}]"
+    some = "" if len(known) == len(values) else f" ({len(known)} of {len(values)} seeds)"
+    return f"{middle:.{digits}f} [{min(known):.{digits}f}, {max(known):.{digits}f}]{some}"

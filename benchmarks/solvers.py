@@ -35,7 +35,7 @@ DAMPINGS = (1e-2, 1e-4)
 ROUNDS, AGAIN_SECONDS = 7, 3.0
 """Solves of a cell at most, and after how many seconds of them it has had enough."""
 AS_FAR = 0.99
-"""Of the furthest fall: what a solver must come to, to be the quickest of a row."""
+"""Of the furthest fall: what a solver must come to, to be the quickest of a row; or to that of auto."""
 STRESS_ROWS, STRESS_HIDDEN, STRESS_DAMPINGS = 256, (64, 64), tuple(10.0**-k for k in range(4, 11))
 SOLVERS: tuple[Solver, ...] = get_args(Solver)
 Contender = Literal["auto"] | Solver
@@ -95,7 +95,8 @@ def shape_of(num: int, width: int, dimension: float, condition: float) -> Shape:
     parameters = width * width + 19 * width + 1
     return Shape(
         rows=num, columns=parameters, outputs=1, width=inputs + units, factors=True, double=False, single=True,
-        inputs=width + 1, dimension=dimension, condition=condition, loose=TOLERANCE, tight=TOLERANCE,
+        inputs=width + 1, dense=False, per_row=0.0, dimension=dimension, condition=condition, loose=TOLERANCE,
+        tight=TOLERANCE,
     )  # fmt: skip
 
 
@@ -131,7 +132,8 @@ def cells(num: int, parameters: float, activation: str, limit: float, gib: float
         found = [told[one] if one in told else _marked(known.get(one)) for one in SOLVERS]
         row: list[object] = ["none fits", None, None, None]
         if auto:
-            far = [seconds[one] for one in SOLVERS if (took := run[one]) and took.fall >= AS_FAR * furthest]
+            enough = min(AS_FAR * furthest, auto.fall)
+            far = [seconds[one] for one in SOLVERS if (took := run[one]) and took.fall >= enough]
             row = [
                 auto.made.estimate.solver,
                 auto.made.estimate.seconds,
@@ -276,7 +278,8 @@ def main() -> None:
         f"quadratic model as a part of the furthest in the row; d = {FEATURES}, float32; in brackets, and not run: "
         f"predicted beyond {arguments.limit_seconds:g} s or {arguments.limit_gib:g} GiB. Seconds are medians of up to "
         f"{ROUNDS} solves, of fewer where these took {AGAIN_SECONDS:g} s. Those of auto include its exploration, the "
-        f"prediction does not; the ratio is to the quickest of those that fell by {AS_FAR:g} of the furthest."
+        f"prediction does not; the ratio is to the quickest of those that fell by {AS_FAR:g} of the furthest, or as "
+        "far as auto."
     )
     header = ["n x p", "damping", *SOLVERS, "auto chose", "predicted seconds", "auto", "ratio"]
     for num in arguments.rows:

@@ -26,6 +26,8 @@ USUAL = Shape(
     double=False,
     single=True,
     inputs=256,
+    dense=False,
+    per_row=0.0,
     dimension=250.0,
     condition=1e4,
     loose=1e-2,
@@ -311,3 +313,44 @@ def test_what_single_precision_does_not_solve_to_the_tolerance_is_formed_in_doub
     assert told["linear_residual"] < 1e-11
     told = metrics(bind(network().float(), **plain(solver="exact")), small)
     assert 1e-9 < told["linear_residual"] < 1e-2
+
+
+def test_a_damping_at_which_single_precision_was_not_tried_says_nothing_of_it() -> None:
+    model = network().float()
+    batch = Batch(rows(24).x.float(), rows(24).y.float())
+    training = bind(model, solver="exact", damping=1e-8)
+    made = training._choice.linearise(training._objective.point(batch), None, step=0, tolerance=1e-2)
+    made.system.solve(training._objective.point(batch).s, made.unit)
+    training._choice.note(made, 1, made.unit)
+    assert not made.system.single
+    assert training.state_dict()["choice"]["double_below"] == 0
+
+
+def test_a_dense_sketch_is_counted_with_its_columns() -> None:
+    units, dense, wide = (
+        estimates(replace(USUAL, rows=20_000, **more), RATES, {})["sketch"]
+        for more in ({}, {"dense": True, "per_row": 4.0}, {"dense": True, "per_row": 64.0})
+    )
+    assert units.bytes < 10e9 < dense.bytes + 20e9
+    assert dense.bytes >= 20_000**2 * 4 * 12
+    assert wide.bytes > 20_000**2 * 64 * 12
+    assert wide.seconds > 10 * dense.seconds
+    with pytest.raises(CannotTrain, match="solver sketch would need"):
+        bind(network(), solver="sketch", sketch="srht", sketch_rows=64.0, memory=1e-3).step(rows(53))
+
+
+def test_kronecker_factors_of_rows_are_a_diagonal() -> None:
+    """A network with parameters of its own has no layer with factors, and no (P, P) matrix either."""
+    found = estimates(replace(USUAL, inputs=0), RATES, {})["kfac"]
+    assert found.bytes == 4 * 6 * USUAL.columns
+
+
+def test_rates_are_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = bind(network())
+    first.step(rows(53))
+    state = first.state_dict()
+    second = bind(copy.deepcopy(first.model))
+    second.load_state_dict(state)
+    monkeypatch.setattr(choice, "measured", lambda *_: pytest.fail("measured again"))
+    second.step(rows(53))
+    assert second.state_dict()["choice"]["rates"] == state["choice"]["rates"] != []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from scipy import linalg
 from torch import nn
 
-from jacobian_cases import relative
+from jacobian_cases import randn, relative
 from piecework.training import Batch, CannotTrain
 from plain_gauss_newton import Quadratic, bind, flat, metrics, named, network, rows
 
@@ -138,10 +139,43 @@ def test_another_loss_is_refused(case: str) -> None:
         bind(network(), named(case), eliminate_output=True)
 
 
-def test_a_last_layer_that_is_used_twice_does_not_raise_the_loss() -> None:
+def _twice() -> nn.Module:
     layer = nn.Linear(3, 3, dtype=torch.float64)
-    model = nn.Sequential(layer, nn.Tanh(), layer)
-    batch = Batch(rows(24).x, rows(24, "squared-3").y)
-    training = bind(model, eliminate_output=True)
-    before = [metrics(training, batch)["loss"] for _ in range(4)]
-    assert before == sorted(before, reverse=True)
+    return nn.Sequential(layer, nn.Tanh(), layer)
+
+
+def _tied() -> nn.Module:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)).double()
+    model[2].weight = model[0].weight
+    return model
+
+
+@pytest.mark.parametrize("make", [_twice, _tied])
+def test_a_last_layer_that_is_used_twice_is_refused(make: Callable[[], nn.Module]) -> None:
+    with pytest.raises(CannotTrain, match="its weights are used there too; set eliminate_output=False"):
+        bind(make(), eliminate_output=True)
+
+
+def test_a_last_layer_over_positions_is_fitted_at_all_of_them() -> None:
+    batch, layer = Batch(randn(17, 4, 3), randn(17, 4, 1, seed=1).flatten(1)), nn.Linear(5, 1, dtype=torch.float64)
+    model = nn.Sequential(nn.Linear(3, 5, dtype=torch.float64), nn.Tanh(), layer)
+    bind(model, eliminate_output=True, geodesic=False).step(batch)
+    a = model[:-1](batch.x).detach().reshape(-1, 5).numpy()
+    best, *_ = linalg.lstsq(np.column_stack([a, np.ones(len(a))]), batch.y.reshape(-1, 1))
+    np.testing.assert_allclose(_last(model, True), best, rtol=1e-9, atol=1e-9)
+
+
+class _Exp(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.exp()
+
+
+def test_a_trial_that_overflows_is_rejected() -> None:
+    model = nn.Sequential(nn.Linear(3, 5), _Exp(), nn.Linear(5, 1)).double()
+    with torch.no_grad():
+        model[0].weight.mul_(0.1)
+        model[2].weight.mul_(1e-3)  # the first layer's step is then long
+    told = metrics(bind(model, eliminate_output=True, damping=1e-12), rows(53))
+    assert told["rejected"] > 0
+    assert told["stalled"] == 0
+    assert bool(flat(model).isfinite().all())

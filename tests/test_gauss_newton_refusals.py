@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 
 from jacobian_cases import randn
 from piecework import losses
+from piecework.group import Group
 from piecework.methods.gauss_newton.choice import SOLVERS
+from piecework.testing import threads
 from piecework.training import BadInput, Batch, CannotTrain, DidNotSolve
 from plain_gauss_newton import SQUARED, bind, flat, metrics, named, network, rows
 
@@ -230,3 +233,67 @@ def test_classes_that_are_sure_stay_finite() -> None:
     assert all(torch.tensor([one["loss"] for one in told]).isfinite())
     assert told[-1]["loss"] < 0.5 * told[0]["loss"]
     assert bool(flat(model).isfinite().all())
+
+
+class _Root(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sqrt()
+
+
+class _Attention(nn.Module):
+    """Positions of a sample see each other; samples do not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.softmax(x @ x.mT, -1) @ x
+
+
+@pytest.mark.parametrize("kind", ["flattened positions", "attention", "a domain of its own"])
+def test_rows_that_are_made_up_refuse_nothing_that_trains(kind: str) -> None:
+    first, x, middle, last = nn.Linear(3, 5), randn(24, 4, 3), nn.Flatten(), nn.Linear(20, 1)
+    model = nn.Sequential(first, nn.Tanh(), middle, last).double()
+    if kind == "attention":
+        model = nn.Sequential(first, _Attention(), middle, last).double()
+    elif kind == "a domain of its own":
+        nn.init.constant_(first.weight, 0.3)
+        nn.init.constant_(first.bias, 0.3)
+        model, x = nn.Sequential(first, _Root(), nn.Linear(5, 1)).double(), randn(24, 3).abs()
+    training = bind(model)
+    before = [metrics(training, Batch(x, rows(24).y))["loss"] for _ in range(3)]
+    assert before[2] < before[0]
+
+
+def test_outputs_that_cancel_are_no_coupling() -> None:
+    """Residuals of an equation that is nearly solved: rounding is then large beside them."""
+
+    class Cancelling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = network()
+            self.register_buffer("start", flat(self.net))
+
+        def forward(self, x: Tensor) -> Tensor:
+            tilt = 1 + len(x) * torch.finfo(x.dtype).eps  # as a product of another shape may round
+            return 1e3 * self.net(x) * tilt - 1e3 * torch.func.functional_call(self.net, self._there(), (x,))
+
+        def _there(self) -> dict[str, Tensor]:
+            parts = self.start.split([p.numel() for p in self.net.parameters()])
+            return {n: v.view_as(p) * (1 + 1e-9) for (n, p), v in zip(self.net.named_parameters(), parts, strict=True)}
+
+    bind(Cancelling(), damping=1.0).step(rows(24))
+
+
+def test_the_first_and_last_of_very_many_rows_are_looked_at() -> None:
+    num = 2**24 + 4
+    batch = Batch(randn(1, 3).expand(num, 3), rows(1).y.expand(num, 1))
+    assert bind(network())._objective.plan(batch).num_outputs == 1
+
+
+def test_ranks_are_probed_with_the_weights_of_rank_0() -> None:
+    def work(group: Group) -> float:
+        model = network()
+        if group.rank:
+            nn.init.constant_(model[0].weight, math.nan)
+        return metrics(bind(model, group=group), rows(24))["loss"]
+
+    first, second = threads(2, work)
+    assert first == second

@@ -275,3 +275,25 @@ def test_more_rows_than_there_are_is_all_of_them() -> None:
     training = bind(network(), SQUARED, solver="exact", **{**FIXED, "sample_rows": 1000})
     expected = Quadratic.of(training.model, "squared", batch).step(1e-2)
     assert relative(_move(training, batch), expected) < 1e-10
+
+
+def test_a_step_that_is_taken_back_is_tried_without_momentum() -> None:
+    """Towards the step before no damping would make it short: here that one leads up."""
+    batch, model = rows(53), network()
+    training = bind(model, momentum=0.9, sample_rows=24, damping=1e-2)
+    training.step(batch)
+    training._sampled._phi = -1e3 * training._sampled._phi
+    before = flat(model)
+    told = metrics(training, batch)
+    assert 0 < told["rejected"] < 10
+    assert told["gain_ratio"] > 0
+    assert not torch.equal(flat(model), before)
+
+
+def test_a_step_that_is_given_up_tells_all_its_trials() -> None:
+    model = network()
+    training = bind(model, sample_rows=24, damping=1e-2, max_retries=2)
+    training._sampled._ratio = lambda *_: -1.0
+    before = flat(model)
+    assert metrics(training, rows(53))["rejected"] == 3
+    assert torch.equal(flat(model), before)

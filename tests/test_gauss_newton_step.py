@@ -238,7 +238,7 @@ def test_the_correction_is_the_second_derivative_along_the_step() -> None:
 @pytest.mark.parametrize("solver", ["exact", "cg"])
 def test_the_correction_is_left_to_direct_solvers_unless_asked_for(solver: str) -> None:
     model, batch = network(), rows(24)
-    settings = {"solver": solver, "inner_tolerance": 1e-12, "adapt": False}
+    settings = {"solver": solver, "inner_tolerance": 1e-12, "adapt": False, "damping": 0.1}
     default, _ = direction(model, SQUARED, batch, **settings)
     asked, _ = direction(model, SQUARED, batch, **settings, geodesic=solver == "exact")
     other, _ = direction(model, SQUARED, batch, **settings, geodesic=solver != "exact")
@@ -273,6 +273,31 @@ def test_without_adapting_a_step_that_raises_the_loss_is_taken_too() -> None:
     assert max(one["loss"] for one in told[1:]) > told[0]["loss"] or min(one["gain_ratio"] for one in told) < 0
     assert told[0]["damping"] == pytest.approx(1e-10)
     assert all(one["rejected"] == 0 for one in told)
+
+
+def test_without_adapting_a_correction_that_is_too_long_is_left_out() -> None:
+    model, batch = network(), rows(53)
+    alone = copy.deepcopy(model)
+    told = metrics(bind(model, adapt=False, damping=1e-9, solver="exact"), batch)
+    metrics(bind(alone, adapt=False, damping=1e-9, solver="exact", geodesic=False), batch)
+    assert told["stalled"] == 0
+    assert torch.equal(flat(model), flat(alone))
+
+
+@pytest.mark.parametrize("change", ["weights", "features"])
+def test_what_is_altered_between_steps_is_seen(change: str) -> None:
+    model, batch = network(), rows(53)
+    training = bind(model)
+    training.step(batch)
+    with torch.no_grad():
+        if change == "weights":
+            nn.utils.vector_to_parameters(0.5 * flat(model), model.parameters())
+        else:
+            batch.x.copy_(rows(53, seed=7).x)
+    fresh = bind(copy.deepcopy(model))
+    fresh.load_state_dict(training.state_dict())
+    assert metrics(training, batch)["loss"] == metrics(fresh, batch)["loss"]
+    assert torch.equal(flat(model), flat(fresh.model))
 
 
 def test_at_the_optimum_a_step_stalls_and_moves_nothing() -> None:

@@ -20,8 +20,8 @@ what is left of s after the move to the mean of 0 and theta, weighted by damping
 Differs from the paper
 1. Any network and any loss with curvature, damping, a gain ratio and rejection: the paper's undamped unit step has no
    defence against a bad start outside its regime of width n^4.
-2. The sketch is one of several solvers, and rarely the fastest: for plain layers K is a sum of Hadamard products of small
-   factors and needs no Jacobian, so that what the sketch saves does not exist: docs/methods/gauss_newton.md.
+2. The sketch is one of several solvers, and rarely the fastest: for plain layers K is a sum of Hadamard products of
+   small factors and needs no Jacobian, so that what the sketch saves does not exist: docs/methods/gauss_newton.md.
 3. Conjugate gradients where the published pseudo-code descends on the squared system; the latter is in `faithful`.
 """
 
@@ -51,10 +51,11 @@ class GaussNewton:
     """Gauss-Newton with Levenberg-Marquardt damping on all rows, for any model and a loss with curvature.
 
     A step solves one linear system, and moves to where the loss, with the penalty of weight decay, is lower: it never
-    rises. Metrics: `loss`, the mean over all ranks' rows where the step ended, without penalty; `damping`, relative to
-    the mean diagonal of K; `gain_ratio`; `rejected`, trials of the step that were not taken; `iterations` and
-    `linear_residual` of the solver; `effective_dimension` where it is known; `predicted_seconds` and `solve_seconds` of
-    the solver; `stalled`, 1 where the weights did not move. The row's `solver` says which one it was."""
+    rises; on samples that is the sample's. Metrics: `loss`, the mean over all ranks' rows where the step ended, without
+    penalty (on samples where it began, of the sample); `damping`, relative to the mean diagonal of K; `gain_ratio`;
+    `rejected`, trials of the step that were not taken; `iterations` and `linear_residual` of the solver;
+    `effective_dimension` where it is known; `predicted_seconds` and `solve_seconds` of the solver; `stalled`, 1 where
+    the weights did not move (not on samples). The row's `solver` says which one it was."""
 
     solver: Literal["auto"] | Solver = "auto"
     """exact: Cholesky of K; qr, cholesky: of J and of J^T J, where parameters are fewer than rows; cg, rpchol, nystrom,

@@ -83,7 +83,8 @@ class Choice:
         self._dimension, self._condition = 0.0, 0.0
         self._double_below = 0.0  # relative damping at which float32 was not enough for the Gram matrix
         self._known: dict[str, tuple[float, float]] = {}  # iterations and damping of each solver's last run
-        self._machine: tuple[Rates, float] | None = None
+        self._rates: Rates | None = None
+        self._memory = 0.0  # bytes of the rank that has least; 0 until it is asked for
 
     def state(self) -> dict[str, Any]:
         return {
@@ -95,6 +96,7 @@ class Choice:
             "condition": self._condition,
             "double_below": self._double_below,
             "known": {name: list(pair) for name, pair in self._known.items()},
+            "rates": list(self._rates.__dict__.values()) if self._rates else [],
         }
 
     def go_on(self, state: Mapping[str, Any]) -> None:
@@ -103,14 +105,15 @@ class Choice:
         self._dimension, self._condition = float(state["dimension"]), float(state["condition"])
         self._double_below = float(state["double_below"])
         self._known = {name: (float(pair[0]), float(pair[1])) for name, pair in state["known"].items()}
+        self._rates = Rates(*map(float, state["rates"])) if state["rates"] else None
 
     def note(self, made: Linearised, iterations: int, damping: float) -> None:
         """Remember how many iterations the solver took, or that float32 was not enough for it."""
         if made.estimate.solver not in DIRECT:
             before = self._known.get(made.estimate.solver, (0.0, 0.0))[0]
             self._known[made.estimate.solver] = (max(float(iterations), FADING * before), damping)
-        if isinstance(made.system, SampleSpace) and not made.system.single and made.unit > 0:
-            self._double_below = max(self._double_below, min(1.0, damping / made.unit))
+        if isinstance(made.system, SampleSpace) and made.unit > 0:
+            self._double_below = max(self._double_below, min(1.0, made.system.failed_at / made.unit))
 
     def has_room(self, plan: Plan, rows: int) -> bool:
         """For the factors of so many rows of all ranks. Collective the first time."""
@@ -159,15 +162,16 @@ class Choice:
     def _means(self) -> tuple[Rates, float]:
         """Rates and bytes: those of rank 0 and of the rank that has least, so that all ranks choose alike. Collective
         the first time."""
-        if self._machine is None:
-            group, device = self._objective.group, self._objective.device
+        group, device = self._objective.group, self._objective.device
+        if self._rates is None:
             rates = torch.tensor(list(measured(str(device), torch.get_num_threads()).__dict__.values()))
             group.broadcast_(rates)
+            self._rates = Rates(*map(float, rates.tolist()))
+        if not self._memory:
             given = self._recipe.memory
             limit = given * 2**30 if given is not None else MEMORY * _memory(device)
-            least = min(map(float, group.gather(torch.tensor([limit], dtype=torch.float64))))
-            self._machine = (Rates(*map(float, rates.tolist())), least)
-        return self._machine
+            self._memory = min(map(float, group.gather(torch.tensor([limit], dtype=torch.float64))))
+        return self._rates, self._memory
 
     def _unit(self, jacobian: Jacobian | None, point: Point) -> float:
         """tr K / N; from products alone by an estimate, |J^T v|^2 for random signs v, equal on any number of ranks."""
@@ -191,7 +195,9 @@ class Choice:
             factors=jacobian is not None,
             double=plan.dtype == torch.float64,
             single=single and plan.dtype == torch.float32,
-            inputs=widest(jacobian) if jacobian is not None else max(1, p),
+            inputs=widest(jacobian) if jacobian is not None else 0,
+            dense=self._recipe.sketch != "units",
+            per_row=self._recipe.sketch_rows or 0.0,
             dimension=self._dimension or min(n, p) / 4,
             condition=self._condition or 1e4,
             loose=self._tolerance(True, tolerance),
@@ -317,7 +323,7 @@ class Choice:
             assert jacobian is not None
             if solver == "rpchol":
                 return low_rank(jacobian, rows, damping, seed)
-            per_row = recipe.sketch_rows or sketch_columns(shape, self._means()[0].snapped())[0]
+            per_row = sketch_columns(shape, self._means()[0].snapped())[0]
             return sketch_of(jacobian, rows, recipe.sketch, per_row, seed)
 
         factors = jacobian if shape.outputs < FEW_OUTPUTS else None

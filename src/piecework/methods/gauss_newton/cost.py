@@ -29,6 +29,8 @@ SAME_KIND = 4.0
 a processor with slow float64 must."""
 CHOLESKY_OF_GEMM = 0.5
 """The rate of a float32 Cholesky factorisation, in units of that of a product."""
+QR_OF_GEMM = 0.5
+"""The rate of a float32 QR factorisation, in the same unit."""
 SVD_OF_QR = 0.6
 """The rate of a singular value decomposition, 20 q^3 operations, in units of that of QR."""
 DAMPED_QR = 3.3
@@ -59,8 +61,10 @@ hundredth that they leave."""
 class Shape:
     """What the costs depend on. rows: N; columns: P; outputs: C; width: Sigma of `Jacobian.width`; factors: whether
     every layer has factors; double: whether the model is float64; single: whether K may be float32; inputs: of the
-    layer with most parameters, for sampled units; dimension: d; condition: (largest eigenvalue of K + damping) /
-    damping; loose, tight: relative residuals to which conjugate gradients go without and with a preconditioner."""
+    layer with most parameters, 0 where no layer has factors; dense: whether the sketch is of all of J, not of sampled
+    units; per_row: its columns for each row, 0 where they are chosen; dimension: d; condition: (largest eigenvalue of
+    K + damping) / damping; loose, tight: relative residuals to which conjugate gradients go without and with a
+    preconditioner (kfac is counted as going to the second, though it stops at the first: its residual says less)."""
 
     rows: int
     columns: int
@@ -70,6 +74,8 @@ class Shape:
     double: bool
     single: bool
     inputs: int
+    dense: bool
+    per_row: float
     dimension: float
     condition: float
     loose: float
@@ -175,16 +181,16 @@ def estimates(shape: Shape, rates: Rates, known: Mapping[str, float]) -> dict[So
         low += (2 * n * rank**2 + 20 * rank**3 / SVD_OF_QR) / rates.qr64
         add("rpchol", low, 16 * n * rank, few, 4 * n * rank * 8 / rates.bandwidth)
         columns, iterations = sketch_columns(shape, rates)
-        sampled = min(float(shape.width), columns * n / shape.inputs + shape.inputs)
-        add("sketch", n * n * sampled / rates.gemm32 + n**3 / 3 / single + PASSES * n * n * 4 / rates.bandwidth,
-            12 * n * n, iterations * digits, n * n * 8 / rates.bandwidth)  # fmt: skip
+        made = _dense_sketch(n, columns, rates) if shape.dense else _sampled_units(shape, columns, rates)
+        held = columns * n * n * (size + 8) if shape.dense else 0.0
+        add("sketch", made, held + 12 * n * n, iterations * digits, n * n * 8 / rates.bandwidth)
         rows_made = n * p * 8 / rates.bandwidth
         add("qr", rows_made + (2 * n * p * p + DAMPED_QR * p**3) / rates.qr64, 40 * p * p)
         averaged = KRONECKER * math.sqrt(max(1.0, min(n, p) / (4 * d)))
-        sides = (float(shape.inputs), p / shape.inputs)
+        sides = (float(shape.inputs), p / shape.inputs) if shape.inputs else ()
         spectra = sum(EIGH * side**3 / rates.qr64 + 2 * n * side**2 / skinny for side in sides)
         add("kfac", spectra, size * (6 * p + 4 * sum(side**2 for side in sides)),
-            averaged * digits, 4 * p * sum(sides) / skinny)  # fmt: skip
+            averaged * digits, 4 * p * max(1.0, sum(sides)) / skinny)  # fmt: skip
         add("cholesky", rows_made + 2 * n * p * p / rates.gemm64 + p**3 / 3 / rates.cholesky64, 24 * p * p)
     add("cg", 0.0, 6 * size * n, free)
     rank = min(rank, MOST_NYSTROM)
@@ -204,8 +210,25 @@ def _product(shape: Shape) -> float:
     return 4 * samples * shape.columns + 4 * shape.rows * shape.width if shape.factors else 8 * samples * shape.columns
 
 
+def _sampled_units(shape: Shape, columns: float, rates: Rates) -> float:
+    """Seconds of a Gram matrix of sampled units and of its factor."""
+    n, inputs = float(shape.rows), float(shape.inputs or shape.columns)
+    units = min(float(shape.width), columns * n / inputs + inputs)
+    factored = n**3 / 3 / (CHOLESKY_OF_GEMM * rates.gemm32)
+    return n * n * units / rates.gemm32 + factored + PASSES * n * n * 4 / rates.bandwidth
+
+
+def _dense_sketch(n: float, columns: float, rates: Rates) -> float:
+    """Seconds of the factor of a sketch with so many columns for each row."""
+    return 2 * columns * min(1.0, columns) * n**3 / (QR_OF_GEMM * rates.gemm32)
+
+
 def sketch_columns(shape: Shape, rates: Rates) -> tuple[float, float]:
-    """The entry of SKETCHES with the least cost: wide layers have dear products, and are worth more columns."""
+    """Columns for each row, and iterations: of the entry of SKETCHES with the least cost, since wide layers have dear
+    products, and are worth more columns; or the columns that the recipe says, with the entry of the nearest."""
+    if shape.per_row:
+        return shape.per_row, min(SKETCHES, key=lambda one: abs(math.log(one[0] / shape.per_row)))[1]
     n = float(shape.rows)
     product = _product(shape) / (rates.skinny64 if shape.double else rates.skinny32)
-    return min(SKETCHES, key=lambda one: one[0] * n**3 / shape.inputs / rates.gemm32 + one[1] * product)
+    inputs = shape.inputs or shape.columns
+    return min(SKETCHES, key=lambda one: one[0] * n**3 / inputs / rates.gemm32 + one[1] * product)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ...layers import layers
 from ...losses import Squared
 from ...training import Batch, CannotTrain
+from .jacobian.capture import outputs_of
 from .objective import LeastSquares
 from .systems import stacked_triangle
 
@@ -30,6 +31,13 @@ def output_layer(objective: LeastSquares) -> nn.Linear:
             f"eliminate_output needs a sequence of layers that ends in a trainable nn.Linear, and this model ends in "
             f"{type(last).__name__}; set eliminate_output=False"
         )
+    own = {id(parameter) for parameter in last.parameters()}
+    users = [module for module in objective.model.modules() for one in module._parameters.values() if id(one) in own]
+    if len(users) > len(own) or sum(layer is last for _, layer in layers(objective.model)) > 1:
+        raise CannotTrain(
+            "eliminate_output solves for the last layer with the layers before it held, and its weights are used there "
+            "too; set eliminate_output=False"
+        )
     if not isinstance(objective.loss, Squared):
         raise CannotTrain(
             f"eliminate_output has a closed form for the squared loss, not for {objective.loss.name}; "
@@ -40,8 +48,8 @@ def output_layer(objective: LeastSquares) -> nn.Linear:
 
 @torch.no_grad()
 def eliminate_(objective: LeastSquares, batch: Batch, layer: nn.Linear, rows: int) -> None:
-    """Give the layer the weights with the least loss and penalty nearest to its present ones. Collective; one forward
-    pass."""
+    """Give the layer the weights with the least loss and penalty nearest to its present ones; none where what goes into
+    it is not finite. Collective; one forward pass."""
     bias = layer.bias is not None and bool(layer.bias.requires_grad)
     seen: list[Tensor] = []
     handle = layer.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
@@ -49,15 +57,17 @@ def eliminate_(objective: LeastSquares, batch: Batch, layer: nn.Linear, rows: in
     triangle = torch.zeros(0, width + layer.out_features, dtype=torch.float64, device=objective.device)
     try:
         for x, y in objective.tiles(batch):
-            z = objective.model(x)
-            a = seen.pop().double()
+            z = outputs_of(objective.model, x)
+            a = seen.pop().reshape(-1, layer.in_features).double()
             ones = [torch.ones(len(a), 1, dtype=a.dtype, device=a.device)] if bias else []
-            wanted = objective.loss.targets(y, z.shape[1], torch.float64) - z.double()
+            wanted = (objective.loss.targets(y, z.shape[1], torch.float64) - z.double()).reshape(len(a), -1)
             triangle = stacked_triangle(torch.cat([triangle, torch.cat([a, *ones, wanted], 1)]))
     finally:
         handle.remove()
     if objective.group.size > 1:
         triangle = stacked_triangle(torch.cat(objective.group.gather(triangle)))
+    if not bool(torch.isfinite(triangle).all()):  # no layer helps: the loss there is not finite either
+        return
     if decay := objective.decay(rows):
         present = torch.cat([layer.weight, layer.bias[:, None]], 1) if bias else layer.weight
         penalty = torch.cat([torch.eye(width, dtype=torch.float64, device=objective.device), -present.t().double()], 1)

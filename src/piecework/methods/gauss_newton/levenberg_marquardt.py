@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -52,7 +53,7 @@ class LevenbergMarquardt:
         self._damping: float | None = None  # a row: the system's is this times their number
         self._growth = 2.0  # nu of Nielsen's rule
         self._contraction = 1.0  # of |s| in the last step that was taken
-        self._known: tuple[Batch, Evaluation] | None = None  # at the present weights
+        self._known: _Known | None = None
         self._sampled = SampledSteps(recipe, objective, self._choice)
         self._output = output_layer(objective) if recipe.eliminate_output else None
 
@@ -72,7 +73,8 @@ class LevenbergMarquardt:
             usual = CAREFUL_DAMPING if made.estimate.solver in DEAR_RETRIES else DAMPING
             self._damping = (recipe.damping or usual) * made.unit / start.at.rows
         end, figures = self._search(start, made)
-        self._step, self._known, self.words = self._step + 1, (batch, end), {"solver": made.estimate.solver}
+        self._known = _Known(batch, _versions(batch), self._objective.weights, end)
+        self._step, self.words = self._step + 1, {"solver": made.estimate.solver}
         assert self._damping is not None
         return _metrics({
             "loss": end.loss,
@@ -83,8 +85,8 @@ class LevenbergMarquardt:
         })  # fmt: skip
 
     def _start(self, batch: Batch) -> Point:
-        if self._known is not None and self._known[0].x is batch.x and self._known[0].y is batch.y:
-            return self._objective.point(batch, self._known[1])
+        if self._known is not None and self._known.holds(batch, self._objective.weights):
+            return self._objective.point(batch, self._known.at)
         start = self._objective.point(batch)
         if not math.isfinite(start.at.total):
             raise DidNotSolve(
@@ -149,9 +151,10 @@ class LevenbergMarquardt:
         weights = start.weights.double() - direction.step.double()
         if self._geodesic(made):
             correction = self._correction(start, made, direction, damping)
-            if correction is None:
+            if correction is not None:
+                weights = weights + correction
+            elif self._recipe.adapt:
                 return None, math.nan
-            weights = weights + correction
         objective.move_(weights.to(objective.dtype))
         if self._output is not None:
             eliminate_(objective, start.batch, self._output, start.at.rows)
@@ -208,6 +211,27 @@ class LevenbergMarquardt:
         self._choice.go_on(state["choice"])
         self._sampled.go_on(state["sampled"])
         self._known = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Known:
+    """Where the step before ended: the rows, as they were then, and the weights (P,). Every rank has the same tensors
+    again, or every rank new ones."""
+
+    batch: Batch
+    versions: tuple[int, int]
+    weights: Tensor
+    at: Evaluation
+
+    def holds(self, batch: Batch, weights: Tensor) -> bool:
+        same = self.batch.x is batch.x and self.batch.y is batch.y and self.versions == _versions(batch)
+        return same and torch.equal(self.weights, weights)
+
+
+def _versions(batch: Batch) -> tuple[int, int]:
+    """They count what is done to a tensor in place."""
+    x, y = (0 if tensor.is_inference() else tensor._version for tensor in (batch.x, batch.y))
+    return x, y
 
 
 def _metrics(values: Mapping[str, float]) -> Metrics:

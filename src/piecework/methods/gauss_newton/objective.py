@@ -16,7 +16,18 @@ from ...losses import CurvedLoss, Loss
 from ...nn import Standardise
 from ...training import BadInput, Batch, CannotTrain, stream
 from ..parameters import packed, refuse_noise_and_coupling, start_from_rank_0, trainable, unpack_
-from .jacobian import PROBE_ROWS, Jacobian, MatrixFree, Plan, capture, concatenate, plan, values_of
+from .jacobian import (
+    PROBE_ROWS,
+    Jacobian,
+    MatrixFree,
+    Plan,
+    capture,
+    concatenate,
+    plan,
+    refuse_early,
+    spread,
+    values_of,
+)
 from .systems import Pull
 
 CURVATURE = ("residual", "root_mv", "root_t_mv")
@@ -81,8 +92,8 @@ class LeastSquares:
         refuse_noise_and_coupling(model, "gauss-newton")
         self.num_columns = sum(parameter.numel() for parameter in self.parameters)
         self.dtype, self.device = self.parameters[0].dtype, self.parameters[0].device
-        self._probe()
         start_from_rank_0(model, group)
+        self._probe()
         self._settled: tuple[Plan, Tensor] | None = None
         self._forward_mode: bool | None = None
 
@@ -94,7 +105,7 @@ class LeastSquares:
         width = len(first.mean) if isinstance(first, Standardise) else width
         if width:
             rows = torch.randn(PROBE_ROWS, width, generator=stream(0), dtype=torch.float64)
-            plan(self.model, rows.to(self.device, self.dtype))
+            refuse_early(self.model, rows.to(self.device, self.dtype))
 
     @property
     def weights(self) -> Tensor:
@@ -160,7 +171,7 @@ class LeastSquares:
 
     def _probed(self, batch: Batch) -> tuple[Plan, Tensor]:
         if self._settled is None:
-            some = torch.linspace(0, max(0, len(batch) - 1), min(len(batch), PROBE_ROWS)).round().long()
+            some = spread(len(batch))
             probe = torch.cat(self.group.gather(batch.x[some].to(self.device)))
             found = plan(self.model, probe)
             if found.idle:

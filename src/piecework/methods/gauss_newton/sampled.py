@@ -7,7 +7,8 @@ phi_t is the minimum of |J phi - s|^2 + damping |phi - mu phi_{t-1}|^2 over the 
 
 Differs from the paper
 1. The damping is relative to the mean diagonal of K of each sample, so that a smaller last one is treated alike. It is
-   raised where the loss on the sample rises or falls by less than a quarter of what is promised, and eased again.
+   raised where the loss on the sample rises or falls by less than a quarter of what is promised, and eased again. A
+   step that is taken back is tried again without momentum, so that more damping makes it short.
 2. Without momentum, the default, large steps are possible: the rate starts at 1, is held or not, and falls linearly.
 """
 
@@ -111,12 +112,12 @@ class SampledSteps:
             if ratio > 0 or not recipe.adapt:
                 self._phi = direction.step if mu else None
                 break
-            self._raised = min(MOST_RAISE, self._raised * RAISE)
-            if rejected == recipe.max_retries:
+            self._raised, before = min(MOST_RAISE, self._raised * RAISE), None
+            rejected += 1
+            if rejected > recipe.max_retries:
                 objective.move_(point.weights)
                 self._phi = None
                 break
-            rejected += 1
         if ratio > 0.75:
             self._raised = max(1.0, self._raised / EASE)
         elif 0 < ratio < 0.25:

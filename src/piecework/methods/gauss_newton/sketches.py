@@ -23,16 +23,16 @@ def sketch_of(jacobian: Jacobian, rows: Sharded, kind: Sketch, per_row: float, s
     only be near, and QR of the sketch, unlike its Gram matrix, does not square the condition of J."""
     if kind == "units":
         everyone = jacobian.gathered(rows.group)
-        num = max(1, math.ceil(per_row * rows.num_rows / widest(jacobian)))
+        num = max(1, math.ceil(per_row * rows.num_rows / (widest(jacobian) or jacobian.num_columns)))
         return sampled(everyone.units(num, seed, torch.float32))
     num = max(1, math.ceil(per_row * rows.num_rows))
     return sketched(rows.all(jacobian.features(kind, num, seed)).float())
 
 
 def widest(jacobian: Jacobian) -> int:
-    """Inputs of the layer with most parameters."""
+    """Inputs of the layer with most parameters; 0 where no layer has factors."""
     factors = [block for block in jacobian.blocks if isinstance(block, Factors)]
-    return max(factors, key=lambda block: block.num_columns).num_inputs if factors else jacobian.num_columns
+    return max(factors, key=lambda block: block.num_columns).num_inputs if factors else 0
 
 
 def low_rank(jacobian: Jacobian, rows: Sharded, damping: float, seed: int, rank: int | None = None) -> Preconditioner:

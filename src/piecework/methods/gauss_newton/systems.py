@@ -156,13 +156,13 @@ class SampleSpace(Centred):
 
     single: whether to try in float32, where the model is. What that does not solve to the tolerance, its rounding
     counted, is refined by conjugate gradients with products of J in float64 and the float32 factor, where a few of them
-    cost less than K; else, or where that fails too, K is formed anew in float64, and `single` is False then. So is
-    J^T g: at a small damping g is large, and nearly all of it cancels."""
+    cost less than K; else, or where that fails too, K is formed anew in float64; `single` is False then, and
+    `failed_at` the damping. So is J^T g: at a small damping g is large, and nearly all of it cancels."""
 
     def __init__(self, jacobian: Jacobian, group: Group, *, tolerance: float, single: bool) -> None:
         super().__init__(Sharded(jacobian, group))
         self._jacobian, self._tolerance = jacobian, tolerance
-        self.single = single and jacobian.dtype == torch.float32
+        self.single, self.failed_at = single and jacobian.dtype == torch.float32, 0.0
         self._form()
 
     def _form(self) -> None:
@@ -178,7 +178,7 @@ class SampleSpace(Centred):
             refined = self._refined(right, damping)
             if refined is not None:
                 return refined
-            self.single = False
+            self.single, self.failed_at = False, damping
             self._form()
             solved = self._damped.solve(right, damping)
         step = self._jacobian.t_mv_in(self._gram.dtype, solved.x[self._rows.own])

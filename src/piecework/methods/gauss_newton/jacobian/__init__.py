@@ -6,7 +6,7 @@ Read `whole.py` for what it can do, `factors.py` for why that is cheap, `capture
 from .blocks import Block
 from .capture import Plan, capture, predicted_bytes, values_of
 from .factors import Factors
-from .planning import PROBE_ROWS, plan
+from .planning import PROBE_ROWS, plan, refuse_early, spread
 from .products import MatrixFree
 from .whole import Jacobian, concatenate
 
@@ -21,5 +21,7 @@ __all__ = [
     "concatenate",
     "plan",
     "predicted_bytes",
+    "refuse_early",
+    "spread",
     "values_of",
 ]

@@ -39,8 +39,8 @@ def plan(model: nn.Module, x: Tensor) -> Plan:
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     whole = Plan(tuple(names), tuple(p.numel() for p in parameters), (), (), "vmap", 0, dtype)
     with _undisturbed(model, x.device), torch.enable_grad():
-        probe = x[torch.linspace(0, len(x) - 1, min(len(x), PROBE_ROWS)).round().long()].detach()
-        z = _checked_outputs(model, probe, tolerance(dtype))
+        probe = x[spread(len(x))].detach()
+        z = _checked_outputs(model, probe, parameters)
         truth, idle = _truth(z, names, parameters)
         layers, reasons = _candidates(model, names)
         layers = _verified(model, probe, layers, truth, reasons)
@@ -49,6 +49,30 @@ def plan(model: nn.Module, x: Tensor) -> Plan:
         derives = _derives(model, probe, z, tolerance(dtype))
     layout = replace(whole, layers=tuple(layers), rows=rows, rows_by=by, num_outputs=z.shape[1])
     return replace(layout, reasons=reasons, idle=idle, derives=derives)
+
+
+def refuse_early(model: nn.Module, rows: Tensor) -> None:
+    """Raise CannotTrain for a model that draws random numbers or couples rows, as far as made-up rows (n, features) can
+    tell: silent where other rows than vectors go in, and where the outputs for these are not finite.
+
+    A layer that looks at positions takes (n, features) for one sample; in (n, 1, features) it couples nothing."""
+    parameters = trainable(model, "gauss-newton")
+    with _undisturbed(model, rows.device), torch.enable_grad():
+        try:
+            if bool(torch.isfinite(outputs_of(model, rows)).all()):
+                _checked_outputs(model, rows, parameters)
+        except RuntimeError:
+            return
+        except CannotTrain as refusal:
+            try:
+                _checked_outputs(model, rows[:, None], parameters)
+            except (RuntimeError, CannotTrain):
+                raise refusal from None
+
+
+def spread(rows: int) -> Tensor:
+    """The indices of a few of so many rows, from the first to the last."""
+    return torch.linspace(0, max(0, rows - 1), min(rows, PROBE_ROWS), dtype=torch.float64).round().long()
 
 
 def _one_dtype(parameters: Sequence[nn.Parameter]) -> torch.dtype:
@@ -78,7 +102,7 @@ def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
 # -- what the model must be --------------------------------------------------------------------------------------------
 
 
-def _checked_outputs(model: nn.Module, probe: Tensor, near: float) -> Tensor:
+def _checked_outputs(model: nn.Module, probe: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
     """z of the probe with its graph, after the refusals."""
     coupled = [name for name in coupled_layers(model) if _uses_the_batch(model.get_submodule(name) if name else model)]
     if coupled:
@@ -91,14 +115,15 @@ def _checked_outputs(model: nn.Module, probe: Tensor, near: float) -> Tensor:
         )
     if not bool(torch.isfinite(z).all()):
         raise _not_finite()
-    if not _agree(_again(model, probe), z, near):
+    near, floor = tolerance(z.dtype), _rounding(z, parameters)
+    if not _agree(_again(model, probe), z, near, floor):
         found = random_layers(model)
         raise CannotTrain(
             "gauss-newton needs a model that gives the same twice, and two forward passes differ"
             f"{f' (layer {found[0]})' if found else ''}; put random layers into eval(), or remove them"
         )
     for part in (slice(0, -1), slice(1, None)):
-        if len(probe) > 1 and not _agree(_again(model, probe[part]), z[part], near):
+        if len(probe) > 1 and not _agree(_again(model, probe[part]), z[part], near, floor):
             raise _coupled([])
     return z
 
@@ -135,11 +160,21 @@ def _not_finite() -> CannotTrain:
     )
 
 
-def _agree(a: Tensor, b: Tensor, near: float) -> bool:
-    """Whether two outputs are equal but for rounding."""
+def _agree(a: Tensor, b: Tensor, near: float, floor: float = 0.0) -> bool:
+    """Whether two outputs are equal but for rounding: relative to the largest, or absolute."""
     if a.shape != b.shape or not b.numel():
         return a.shape == b.shape
-    return bool((a - b).abs().max() <= near * b.detach().abs().max())
+    return bool((a - b).abs().max() <= max(near * float(b.detach().abs().max()), floor))
+
+
+def _rounding(z: Tensor, parameters: Sequence[nn.Parameter]) -> float:
+    """What rounding may leave of outputs that cancel, as those of an equation that is solved: a hundred times what
+    rounded weights would change."""
+    root = torch.randn(z.shape, generator=stream(0, 0), dtype=torch.float64).to(z)
+    found = torch.autograd.grad(z, list(parameters), root, allow_unused=True, retain_graph=True)
+    sizes = [float((g.to_dense() * p.detach()).norm()) for g, p in zip(found, parameters, strict=True) if g is not None]
+    size = math.hypot(*sizes)
+    return min(100 * torch.finfo(z.dtype).eps, tolerance(z.dtype)) * size if math.isfinite(size) else 0.0
 
 
 # -- which layers ------------------------------------------------------------------------------------------------------

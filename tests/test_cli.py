@@ -156,7 +156,9 @@ def test_a_run_without_a_limit_gets_one_and_says_so(capsys: pytest.CaptureFixtur
     assert fit("lbfgs") == 0
     assert "; 40 steps" in capsys.readouterr().out
     assert fit("--batch-size", 64, "adam") == 0
-    assert "; 10 epochs" in capsys.readouterr().out
+    assert "mini-batches; 10 epochs" in capsys.readouterr().out
+    assert fit("--steps", 2, "gauss-newton", "--sample-rows", "24") == 0
+    assert "24 rows in each step; 2 steps" in capsys.readouterr().out
 
 
 def test_a_method_that_has_come_to_rest_ends_the_run(capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,6 +45,7 @@ __all__ = ["own_folder"]
         ("fit digits --seed -1 adam", "--seed must be a whole number from 0"),
         ("fit digits --batch-size 0 adam", "--batch-size must be at least 1"),
         ("fit digits --batch-size 32 lbfgs", "leave it out"),
+        ("fit digits --batch-size 32 gauss-newton", "or give --sample-rows behind the method"),
         ("fit digits --patience 3 adam", "keep a part of the training rows"),
         ("fit digits --stop-at 0.9 lbfgs", "keep a part of the training rows"),
         ("fit digits --validation 1 adam", "--validation is a fraction"),

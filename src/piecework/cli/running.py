@@ -125,7 +125,8 @@ def prepare(plan: Plan, data: Dataset, group: Group, *, mixed: bool = False) -> 
     training = plan.method.bind(model, loss, group=group)
     prepared = Prepared(plan, data, loss, training, group)
     if training.batches == "full" and plan.training.batch_size is not None and not mixed:
-        raise BadInput(f"{plan.name} takes all rows in each step, so --batch-size means nothing to it; leave it out")
+        instead = ", or give --sample-rows behind the method" if hasattr(plan.method, "sample_rows") else ""
+        raise BadInput(f"--batch-size is of methods with mini-batches, and {plan.name} has none; leave it out{instead}")
     if plan.training.batch_size is not None and plan.training.batch_size < 1:
         raise BadInput(f"--batch-size must be at least 1 row, got {plan.training.batch_size}")
     try:

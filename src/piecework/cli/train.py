@@ -194,6 +194,8 @@ def introduce(prepared: Prepared) -> None:
     plan, group = prepared.plan, prepared.group
     many = f", {group.size} ranks" if group.size > 1 else ""
     kind = "all rows in each step" if prepared.training.batches == "full" else "mini-batches"
+    if sample := getattr(plan.method, "sample_rows", None):
+        kind = f"{sample:,} rows in each step"
     print(data_line(prepared))
     print(network_line(prepared))
     print(f"method   {plan.name} on the {prepared.loss.name} loss, {kind}{many}; {limits_in_words(prepared.limits)}")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from jacobian_cases import dense
-from piecework.methods.gauss_newton import choice
+from piecework.methods.gauss_newton import choice, cost
 from piecework.methods.gauss_newton.choice import SOLVERS
 from piecework.methods.gauss_newton.cost import REFERENCE, SAME_KIND, SCALE, Estimate, Rates, Shape, Solver, estimates
 from piecework.training import Batch, CannotTrain
@@ -354,3 +354,24 @@ def test_rates_are_state(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "measured", lambda *_: pytest.fail("measured again"))
     second.step(rows(53))
     assert second.state_dict()["choice"]["rates"] == state["choice"]["rates"] != []
+
+
+@pytest.mark.parametrize("relative", [1.0, 1e-2])
+def test_a_part_of_the_rows_tells_the_dimension_and_condition_of_all(
+    relative: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objective = bind(network(hidden=(16,)))._objective
+    point = objective.point(rows(700))
+    jacobian = objective.jacobian(point.batch)
+    damping = relative * float(jacobian.diagonal().mean())
+    found = []
+    for most in (700, 200):
+        monkeypatch.setattr(cost, "PILOT_ROWS", most)
+        explored = bind(network())._choice._explored(replace(USUAL, rows=700, columns=81), jacobian, damping)
+        found.append((explored.dimension, explored.condition))
+    assert found[1][0] == pytest.approx(found[0][0], rel=0.1)
+    assert found[1][1] == pytest.approx(found[0][1], rel=0.2)
+    kernel = dense(objective.model, point.batch.x)[:, 0].detach() * 2**0.5
+    values = torch.linalg.eigvalsh(kernel @ kernel.t()).clamp_min(0)
+    assert found[0][0] == pytest.approx(float((values / (values + damping)).sum()), rel=1e-3)
+    assert found[0][1] == pytest.approx(float(values[-1]) / damping + 1, rel=1e-3)

@@ -94,13 +94,16 @@ class LowRank:
 
         return apply
 
-    def effective_dimension(self, damping: float) -> float:
-        """An upper bound as far as the tail is known: it is largest where the tail is spread evenly."""
-        rest = len(self.basis) - self.rank
-        known = float((self.values / (self.values + damping)).sum()) if damping > 0 else float(self.rank)
-        if not rest or self.tail <= 0:
+    def effective_dimension(self, damping: float, share: float = 1.0) -> float:
+        """An upper bound as far as the tail is known: it is largest where the tail is spread evenly.
+
+        share: of all rows, where K is of a sample of them: the bound is then for all, whose K has values so much
+        larger."""
+        values, tail, rest = self.values / share, self.tail / share, len(self.basis) / share - self.rank
+        known = float((values / (values + damping)).sum()) if damping > 0 else float(self.rank)
+        if not rest or tail <= 0:
             return known
-        return known + rest * self.tail / (self.tail + rest * damping)
+        return known + rest * tail / (tail + rest * damping)
 
 
 def _identity(num_rows: int, device: torch.device) -> LowRank:

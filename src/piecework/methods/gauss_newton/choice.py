@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...solvers.precondition import Preconditioner
 from ...training import CannotTrain, DidNotSolve, stream
-from .cost import MOST_NYSTROM, Estimate, Rates, Shape, Solver, estimates, measured, pilot, sketch_columns
+from .cost import MOST_NYSTROM, Estimate, Rates, Shape, Solver, estimates, measured, pilot, pilot_stride, sketch_columns
 from .jacobian import Jacobian, Plan, predicted_bytes
 from .kronecker import KroneckerSystem, LayerFactors
 from .objective import LeastSquares, Point
@@ -270,13 +270,14 @@ class Choice:
         return best.solver
 
     def _explored(self, shape: Shape, jacobian: Jacobian, damping: float) -> Shape:
-        """With the effective dimension and the condition that some pivoted columns of K show."""
-        rows = Sharded(jacobian, self._objective.group)
-        found = low_rank(jacobian, rows, damping, self._recipe.seed, min(PILOT_RANK, rows.num_rows))
-        values = getattr(found, "values", None)
-        largest = float(values[0]) if values is not None and len(values) else 1.0
+        """With the effective dimension and the condition that some pivoted columns of K show, or of a part of it."""
+        some = jacobian.samples(slice(None, None, pilot_stride(shape)))
+        rows = Sharded(some, self._objective.group)
+        found = low_rank(some, rows, damping, self._recipe.seed, min(PILOT_RANK, rows.num_rows))
+        share = rows.num_rows / shape.rows
+        largest = float(found.values[0]) / share if found.rank else 1.0
         known = min(shape.rows, shape.columns)
-        self._dimension = min(float(known), max(1.0, found.effective_dimension(damping)))
+        self._dimension = min(float(known), max(1.0, found.effective_dimension(damping, share)))
         self._condition = (largest + damping) / damping if damping > 0 else 1e16
         return Shape(**{**shape.__dict__, "dimension": self._dimension, "condition": self._condition})
 

@@ -41,6 +41,8 @@ LOOKS = 2.8
 """Eigenvalues of a growing factor, in units of the last look."""
 OVERHEAD = 4e-4
 """Seconds of an iteration beside its operations: some tens of small calls."""
+PILOT_ROWS = 2048
+"""Rows from which the effective dimension is guessed, about: enough for what some columns show."""
 MOST_NYSTROM = 512
 """Rank of a Nystrom preconditioner: each is a product."""
 PRECONDITIONED = 12.0
@@ -200,8 +202,13 @@ def estimates(shape: Shape, rates: Rates, known: Mapping[str, float]) -> dict[So
 
 
 def pilot(shape: Shape, rates: Rates, rank: int) -> float:
-    """Seconds of that many pivoted columns of K, in float64."""
-    return (2 * rank * shape.rows * shape.width + 10 * rank**2 * shape.rows) / rates.skinny64
+    """Seconds of that many pivoted columns of K of some rows, in float64."""
+    return (2 * rank * shape.width + 10 * rank**2) * shape.rows / pilot_stride(shape) / rates.skinny64
+
+
+def pilot_stride(shape: Shape) -> int:
+    """One sample in so many is looked at."""
+    return math.ceil(shape.rows / PILOT_ROWS)
 
 
 def _product(shape: Shape) -> float:

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ...solvers.precondition import Preconditioner, nystrom, rpcholesky, sampled, sketched
+from ...solvers.precondition import LowRank, Preconditioner, nystrom, rpcholesky, sampled, sketched
 from .jacobian import Factors, Jacobian
 from .systems import Products, Sharded
 
@@ -35,7 +35,7 @@ def widest(jacobian: Jacobian) -> int:
     return max(factors, key=lambda block: block.num_columns).num_inputs if factors else 0
 
 
-def low_rank(jacobian: Jacobian, rows: Sharded, damping: float, seed: int, rank: int | None = None) -> Preconditioner:
+def low_rank(jacobian: Jacobian, rows: Sharded, damping: float, seed: int, rank: int | None = None) -> LowRank:
     """Randomly pivoted partial Cholesky of K over all ranks' rows. Collective."""
     everyone = jacobian.gathered(rows.group)
     return rpcholesky(everyone.columns, everyone.diagonal(), rank=rank, damping=damping, seed=seed)

@@ -116,7 +116,7 @@ class Block(ABC):
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
 
     def samples(self: B, part: slice) -> B:
-        """Some consecutive samples, as views."""
+        """Some samples, as views."""
         return self.from_tensors([tensor[part] for tensor in self.tensors()])
 
     def rows(self, start: int, stop: int) -> Tensor:

@@ -220,7 +220,7 @@ class Jacobian:
     # -- samples -------------------------------------------------------------------------------------------------------
 
     def samples(self, part: slice) -> Jacobian:
-        """The Jacobian of some consecutive samples; nothing is copied."""
+        """The Jacobian of some samples; nothing is copied."""
         return self._with(block.samples(part) for block in self.blocks)
 
     def at(self, index: Tensor) -> Jacobian:

@@ -2,10 +2,9 @@
 
 sin(2 pi x), 1 / (1 + 25 x^2) and sin(8 pi x) on 2003 equidistant points of [-1, 1]; relative L2 error on these points,
 and on the finer grid between them. Adam's learning rate is chosen by its error on the training points from a start of
-its own (seed 100), with a third of the seconds for each trial; everything else runs with its
-defaults, or as the table says. `--peers`
-writes a table of its own: the least-squares codes of scipy, torch-levenberg-marquardt and optimistix from the same
-weights.
+its own (seed 100), with a third of the seconds for each trial; everything else runs with its defaults, or as the
+table says. `--peers` writes a table of its own: the least-squares codes of scipy, torch-levenberg-marquardt and
+optimistix from the same weights.
 """
 
 from __future__ import annotations
@@ -78,10 +77,14 @@ def pace(
     return (step - WARM_UP) / (time.perf_counter() - began)
 
 
-def scheduled(adam: Adam, set_: data.Dataset, width: int, seconds: float) -> Adam:
-    """With half a cosine over the steps that the seconds allow."""
-    rate = pace(adam, model(set_, width, TUNING_SEED), losses.Squared(), set_, POINTS, min(2.0, seconds / 10))
+def cosine(adam: Adam, network: nn.Module, set_: data.Dataset, seconds: float, look: float) -> Adam:
+    """With half a cosine over the steps of all points that the seconds allow, at the pace of the seconds of a look."""
+    rate = pace(adam, network, losses.Squared(), set_, len(set_.train), look)
     return replace(adam, schedule="cosine", schedule_steps=max(1, int(rate * seconds)))
+
+
+def scheduled(adam: Adam, set_: data.Dataset, width: int, seconds: float) -> Adam:
+    return cosine(adam, model(set_, width, TUNING_SEED), set_, seconds, min(2.0, seconds / 10))
 
 
 def at_rest() -> Callable[[dict[str, Any]], bool]:

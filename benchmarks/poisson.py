@@ -12,7 +12,6 @@ import argparse
 import math
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from torch.func import hessian, jvp, vmap
 
 import piecework
 import report
-from fits import at_rest, errors_of, pace
+from fits import at_rest, cosine, errors_of, pace
 from piecework import LBFGS, Adam, Batch, GaussNewton, data, losses
 from piecework.nn import Residual
 
@@ -158,9 +157,7 @@ GOALS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
 
 
 def scheduled(adam: Adam, laplacian: Laplacian, set_: data.Dataset, seconds: float) -> Adam:
-    """With half a cosine over the steps that the seconds allow."""
-    each = milliseconds(adam, laplacian, set_, min(2.0, seconds / 10)) / 1e3
-    return replace(adam, schedule="cosine", schedule_steps=max(1, int(seconds / each)))
+    return cosine(adam, model(laplacian, TUNING_SEED), set_, seconds, min(2.0, seconds / 10))
 
 
 def tuned_rate(laplacian: Laplacian, set_: data.Dataset, seconds: float) -> float:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 import piecework
 import report
-from fits import pace
+from fits import cosine
 from piecework import LBFGS, Adam, Batch, GaussNewton, data, losses
 from piecework.history import memory
 from piecework.models import two_layer_relu
@@ -97,10 +97,7 @@ def curve(
 
 
 def scheduled(lr: float, set_: data.Dataset, width: int, seconds: float) -> Adam:
-    """With half a cosine over the steps that the seconds allow, all rows in a step."""
-    model = two_layer_relu(FEATURES, width, seed=TUNING_SEED)
-    rate = pace(Adam(lr=lr), model, losses.Squared(), set_, len(set_.train), seconds / 5)
-    return Adam(lr=lr, schedule="cosine", schedule_steps=max(1, int(rate * seconds)))
+    return cosine(Adam(lr=lr), two_layer_relu(FEATURES, width, seed=TUNING_SEED), set_, seconds, seconds / 5)
 
 
 def tuned_rate(set_: data.Dataset, width: int, seconds: float) -> float:

@@ -249,16 +249,16 @@ class _Attention(nn.Module):
 
 @pytest.mark.parametrize("kind", ["flattened positions", "attention", "a domain of its own"])
 def test_rows_that_are_made_up_refuse_nothing_that_trains(kind: str) -> None:
-    first, x, middle, last = nn.Linear(3, 5), randn(24, 4, 3), nn.Flatten(), nn.Linear(20, 1)
-    model = nn.Sequential(first, nn.Tanh(), middle, last).double()
-    if kind == "attention":
-        model = nn.Sequential(first, _Attention(), middle, last).double()
+    first, x, y = nn.Linear(3, 5), randn(24, 4, 3), rows(24).y
+    model = nn.Sequential(first, nn.Tanh(), nn.Flatten(), nn.Linear(20, 1)).double()
+    if kind == "attention":  # at each position an output
+        model, y = nn.Sequential(first, _Attention(), nn.Linear(5, 1)).double(), y.expand(24, 4)
     elif kind == "a domain of its own":
         nn.init.constant_(first.weight, 0.3)
         nn.init.constant_(first.bias, 0.3)
         model, x = nn.Sequential(first, _Root(), nn.Linear(5, 1)).double(), randn(24, 3).abs()
     training = bind(model)
-    before = [metrics(training, Batch(x, rows(24).y))["loss"] for _ in range(3)]
+    before = [metrics(training, Batch(x, y))["loss"] for _ in range(3)]
     assert before[2] < before[0]
 
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
 from jacobian_cases import randn, relative
-from piecework.methods.gauss_newton import choice
+from piecework.methods.gauss_newton import choice, systems
+from piecework.methods.gauss_newton.jacobian import Jacobian
 from piecework.methods.gauss_newton.sketches import Sketch
 from piecework.training import Batch
 from plain_gauss_newton import (
@@ -97,6 +98,27 @@ def test_tiles_change_nothing(solver: str, tile: int) -> None:
     model, batch = network(3), rows(24, "squared-3")
     found, _ = direction(model, SQUARED, batch, **plain(solver=solver, tile=tile, inner_tolerance=1e-13))
     assert relative(found, Quadratic.of(model, "squared", batch).step(1e-3)) < 1e-10
+
+
+@pytest.mark.parametrize(("num", "size", "factored"), [(24, 7, 1), (100, 7, 4), (100, 45, 3), (53, 53, 1)])
+def test_qr_factors_no_triangle_for_a_few_rows(
+    num: int, size: int, factored: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of tiles of `size` rows and 26 parameters, as many as make 26 rows at a time."""
+    seen, triangle, tiles = [], systems.stacked_triangle, Jacobian.tiles
+
+    def watched(stack: Tensor) -> Tensor:
+        seen.append(len(stack))
+        return triangle(stack)
+
+    monkeypatch.setattr(Jacobian, "tiles", lambda self: tiles(self, size * self.num_columns))
+    monkeypatch.setattr(systems, "stacked_triangle", watched)
+    model, batch = network(), rows(num)
+    found, _ = direction(model, SQUARED, batch, **plain(solver="qr"))
+    assert relative(found, Quadratic.of(model, "squared", batch).step(1e-3)) < 1e-10
+    *stacks, _damped = seen
+    assert len(stacks) == factored
+    assert sum(stacks) == num + 27 * (factored - 1)  # with the residuals' column
 
 
 def test_frozen_parameters_stay_and_are_no_part_of_the_system() -> None:

@@ -211,7 +211,9 @@ class SampleSpace(Centred):
 
 
 class ParameterSpaceQR(Centred):
-    """R of QR of [J, s] tile by tile, then of all ranks' triangles; and for each damping QR of [R; sqrt(damping) I].
+    """R of QR of [J, s], then of all ranks' triangles; and for each damping QR of [R; sqrt(damping) I].
+
+    Rows join the triangle in tiles, of as many rows as columns at least: each time the triangle is factored again.
 
     The condition of J is never squared for v = s; other right-hand sides enter by J^T v and one refinement."""
 
@@ -219,9 +221,13 @@ class ParameterSpaceQR(Centred):
         super().__init__(Sharded(jacobian, group))
         self._s, self._p = s, jacobian.num_columns
         triangle = s.new_zeros(0, self._p + 1, dtype=torch.float64)
+        waiting: list[Tensor] = []
         for start, rows in jacobian.tiles():
             stop = start + len(rows)
-            triangle = stacked_triangle(torch.cat([triangle, torch.cat([rows, s[start:stop, None]], 1).double()]))
+            waiting.append(torch.cat([rows, s[start:stop, None]], 1).double())
+            if sum(map(len, waiting)) >= self._p or stop == jacobian.num_rows:
+                triangle = stacked_triangle(torch.cat([triangle, *waiting]))
+                waiting = []
         if group.size > 1:
             triangle = stacked_triangle(torch.cat(group.gather(triangle)))
         self._triangle = triangle

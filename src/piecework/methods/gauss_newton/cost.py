@@ -187,7 +187,7 @@ def estimates(shape: Shape, rates: Rates, known: Mapping[str, float]) -> dict[So
         held = columns * n * n * (size + 8) if shape.dense else 0.0
         add("sketch", made, held + 12 * n * n, iterations * digits, n * n * 8 / rates.bandwidth)
         rows_made = n * p * 8 / rates.bandwidth
-        add("qr", rows_made + (2 * n * p * p + DAMPED_QR * p**3) / rates.qr64, 40 * p * p)
+        add("qr", rows_made + (2 * n * p * p + DAMPED_QR * p**3) / rates.qr64, 60 * p * p)
         averaged = KRONECKER * math.sqrt(max(1.0, min(n, p) / (4 * d)))
         sides = (float(shape.inputs), p / shape.inputs) if shape.inputs else ()
         spectra = sum(EIGH * side**3 / rates.qr64 + 2 * n * side**2 / skinny for side in sides)

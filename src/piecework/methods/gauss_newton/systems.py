@@ -226,8 +226,10 @@ class ParameterSpaceQR(Centred):
             stop = start + len(rows)
             waiting.append(torch.cat([rows, s[start:stop, None]], 1).double())
             if sum(map(len, waiting)) >= self._p or stop == jacobian.num_rows:
-                triangle = stacked_triangle(torch.cat([triangle, *waiting]))
-                waiting = []
+                stack = torch.cat([triangle, *waiting])
+                waiting.clear()  # they are as large as the triangle
+                triangle = stacked_triangle(stack)
+                del stack
         if group.size > 1:
             triangle = stacked_triangle(torch.cat(group.gather(triangle)))
         self._triangle = triangle

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from piecework.group import Group, Solo
 from piecework.losses import Logistic, Softmax, Squared
 from piecework.methods import METHODS, SGD, Adam
-from piecework.methods.first_order import rate
+from piecework.methods.schedule import rate
 from piecework.models import mlp
 from piecework.nn import Sign, Standardise
 from piecework.testing import Killed, processes, threads

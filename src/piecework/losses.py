@@ -7,8 +7,8 @@ z: (n, k) outputs; y: (n,) int64 classes from 0, or (n, k) real targets.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
-from typing import Protocol
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -370,3 +370,17 @@ def named(name: str, **settings: float) -> Loss:
 def auto(task: Task) -> Loss:
     """The usual loss of a task: logistic, softmax or squared."""
     return named(_AUTO[task])
+
+
+def smoothed(loss: Loss, smoothing: float) -> Loss:
+    """The loss with smoothed labels. Raises CannotTrain for a loss without `label_smoothing`."""
+    if smoothing == 0:
+        return loss
+    given: Any = loss
+    names: list[str] = [field.name for field in fields(given)] if is_dataclass(loss) else []
+    if "label_smoothing" not in names:
+        raise CannotTrain(
+            f"the {loss.name} loss has no smoothed labels; set label_smoothing=0, or use the softmax or logistic loss"
+        )
+    found: Loss = replace(given, label_smoothing=smoothing)
+    return found

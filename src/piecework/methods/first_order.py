@@ -26,11 +26,8 @@ Differs from the usual loop
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -39,16 +36,13 @@ from torch import Tensor, nn
 
 from ..evaluation import device_of
 from ..group import Group, Ranks, current
-from ..losses import Loss
-from ..training import BadInput, Batch, CannotTrain, Metrics, stream
+from ..losses import Loss, smoothed
+from ..training import BadInput, Batch, Metrics, stream
 from .data_parallel import DataParallel
-from .parameters import no_gradient, random_layers, share_from_rank_0, start_from_rank_0, trainable
-
-Schedule = Literal["constant", "linear", "cosine"]
-
-_LAST = 0.01
-_GLOBAL_GENERATOR = threading.Lock()
-"""Ranks in memory are threads and share torch's global generator: one forward pass at a time draws from it."""
+from .noise import forked_generator, may_draw
+from .optimizer_state import entries_of, put_entries
+from .parameters import no_gradient, share_from_rank_0, start_from_rank_0, trainable
+from .schedule import Schedule, check_schedule, rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,17 +156,6 @@ class Adam:
         return _Training(self, optimizer, model, loss, current() if group is None else group)
 
 
-def rate(step: int, *, lr: float, schedule: Schedule, schedule_steps: int, warmup_steps: int) -> float:
-    """The learning rate of step 0, 1, ..."""
-    if step < warmup_steps:
-        return lr * (step + 1) / (warmup_steps + 1)
-    if schedule == "constant":
-        return lr
-    part = min(1.0, (step - warmup_steps) / max(1, schedule_steps - 1 - warmup_steps))
-    falling = 1 - part if schedule == "linear" else (1 + math.cos(math.pi * part)) / 2
-    return lr * (_LAST + (1 - _LAST) * falling)
-
-
 class _Training:
     data: Literal["shard", "same"] = "shard"
     batches: Literal["mini", "full"] = "mini"
@@ -183,10 +166,10 @@ class _Training:
     ) -> None:
         self.model, self.group = model, group
         self._recipe, self._optimizer = recipe, optimizer
-        self._loss, self._objective = loss, _smoothed(loss, recipe.label_smoothing)
+        self._loss, self._objective = loss, smoothed(loss, recipe.label_smoothing)
         self._parameters: list[Tensor] = optimizer.param_groups[0]["params"]
         self._device = device_of(model)
-        self._draws = _may_draw(model)
+        self._draws = may_draw(model)
         self._step = 0
         self._looked = False
         start_from_rank_0(model, group)
@@ -201,7 +184,8 @@ class _Training:
         lr = self._set_rate()
         x, y = batch.x.to(self._device), batch.y.to(self._device)
         self._optimizer.zero_grad(set_to_none=True)
-        with self._generator():
+        seed = stream(self._recipe.seed, self.group.rank, self._step).initial_seed() if self._draws else None
+        with forked_generator(seed, self._device):
             z = self._parallel.forward(x) if self._parallel is not None else self.model(x)
         loss = self._objective(z, y)
         self._backward(loss)
@@ -222,34 +206,10 @@ class _Training:
             share_from_rank_0(now, self.group)
 
     def state_dict(self) -> dict[str, Any]:
-        states = (self._optimizer.state.get(parameter, {}) for parameter in self._parameters)
-        return {
-            "step": self._step,
-            "optimizer": [
-                {name: value.detach().clone() for name, value in state.items() if isinstance(value, Tensor)}
-                for state in states
-            ],
-        }
+        return {"step": self._step, "optimizer": entries_of(self._optimizer, self._parameters)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        found = list(state["optimizer"])
-        if len(found) != len(self._parameters):
-            raise BadInput(f"the state has {len(found)} parameters, and this model {len(self._parameters)} to train")
-        for number, (parameter, entries) in enumerate(zip(self._parameters, found, strict=True)):
-            for name, value in entries.items():
-                if value.shape != (torch.Size() if name == "step" else parameter.shape):
-                    raise BadInput(
-                        f"the state of parameter {number} has {name} of shape {tuple(value.shape)}, "
-                        f"which does not fit a parameter of shape {tuple(parameter.shape)}"
-                    )
-        groups = self._optimizer.state_dict()["param_groups"]
-        # torch keeps what it is given where dtype and device agree, and its steps are in place: so it gets copies.
-        entries_by_number = {
-            number: {name: value.detach().clone() for name, value in entries.items()}
-            for number, entries in enumerate(found)
-            if entries
-        }
-        self._optimizer.load_state_dict({"state": entries_by_number, "param_groups": groups})
+        put_entries(self._optimizer, self._parameters, list(state["optimizer"]))
         self._step = int(state["step"])
 
     def _set_rate(self) -> float:
@@ -280,20 +240,6 @@ class _Training:
         if self._parallel is None:
             self.group.sum_(*gradients)
 
-    @contextmanager
-    def _generator(self) -> Iterator[None]:
-        """Run on a fork of torch's global generator, seeded by (seed, rank, step), where the model may draw from it."""
-        if not self._draws:
-            yield
-            return
-        cuda = [self._device.index] if self._device.type == "cuda" else []
-        seed = stream(self._recipe.seed, self.group.rank, self._step).initial_seed()
-        with _GLOBAL_GENERATOR, torch.random.fork_rng(devices=cuda):
-            torch.default_generator.manual_seed(seed)
-            if cuda:
-                torch.cuda.default_generators[cuda[0]].manual_seed(seed)
-            yield
-
 
 def _check_settings(recipe: SGD | Adam, name: str) -> None:
     if not 0 < recipe.lr < math.inf:
@@ -302,39 +248,9 @@ def _check_settings(recipe: SGD | Adam, name: str) -> None:
         raise BadInput(f"{name}: weight_decay must be at least 0, got {recipe.weight_decay}")
     if not 0 <= recipe.label_smoothing < 1:
         raise BadInput(f"{name}: label_smoothing must be in [0, 1), got {recipe.label_smoothing}")
-    if recipe.warmup_steps < 0:
-        raise BadInput(f"{name}: warmup_steps must be at least 0, got {recipe.warmup_steps}")
-    if recipe.schedule not in ("constant", "linear", "cosine"):
-        raise BadInput(f"{name}: schedule must be constant, linear or cosine, got {recipe.schedule!r}")
-    if recipe.schedule == "constant" and recipe.schedule_steps != 0:
-        raise BadInput(f"{name}: schedule_steps does nothing with a constant schedule; choose cosine or linear")
-    if recipe.schedule != "constant" and recipe.schedule_steps <= recipe.warmup_steps:
-        raise BadInput(
-            f"{name}: a {recipe.schedule} schedule needs schedule_steps, the steps in all, above warmup_steps "
-            f"({recipe.warmup_steps}); got {recipe.schedule_steps}"
-        )
-
-
-def _smoothed(loss: Loss, smoothing: float) -> Loss:
-    """The loss with smoothed labels. Raises CannotTrain for a loss without `label_smoothing`."""
-    if smoothing == 0:
-        return loss
-    given: Any = loss
-    names: list[str] = [field.name for field in dataclasses.fields(given)] if dataclasses.is_dataclass(loss) else []
-    if "label_smoothing" not in names:
-        raise CannotTrain(
-            f"the {loss.name} loss has no smoothed labels; set label_smoothing=0, or use the softmax or logistic loss"
-        )
-    smoothed: Loss = dataclasses.replace(given, label_smoothing=smoothing)
-    return smoothed
+    check_schedule(recipe.schedule, recipe.schedule_steps, recipe.warmup_steps, name)
 
 
 def _fused(parameters: list[nn.Parameter]) -> bool | None:
     """The one-pass kernels where torch has them; elsewhere its own choice."""
     return True if all(parameter.device.type in ("cpu", "cuda") for parameter in parameters) else None
-
-
-def _may_draw(model: nn.Module) -> bool:
-    """Whether a forward pass may draw random numbers: torch's layers are known, of the user's nothing is."""
-    known = ("torch.nn.", "piecework.")
-    return bool(random_layers(model)) or not all(type(one).__module__.startswith(known) for one in model.modules())

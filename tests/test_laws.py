@@ -14,7 +14,7 @@ from torch import nn
 from piecework import losses
 from piecework.group import Group, Solo
 from piecework.losses import Loss
-from piecework.methods import ADMM, CG, LBFGS, METHODS, SGD, Adam, GaussNewton
+from piecework.methods import ADMM, CG, LBFGS, METHODS, SGD, Adam, BlockADMM, GaussNewton
 from piecework.methods.gauss_newton.choice import SOLVERS
 from piecework.models import mlp
 from piecework.testing.check import LAWS, Case, check_training, classes
@@ -32,6 +32,12 @@ CASES: dict[str, tuple[Callable[[], Method], int]] = {
     "admm-taylor2016": (partial(ADMM, mode="taylor2016"), 20),
     "gauss-newton": (GaussNewton, 4),
     **{f"gauss-newton-{solver}": (partial(GaussNewton, solver=solver), 4) for solver in SOLVERS},
+    "block-admm": (partial(BlockADMM, at=(1, 2), lr=0.03), 12),
+    "block-admm-implicit": (partial(BlockADMM, at=(1, 2), lr=0.03, sweeps=3, alpha_beta=0.5, dual_step=0.5), 12),
+    "block-admm-batch": (partial(BlockADMM, at=(1, 2), lr=0.03, mode="batch", dual_step=1.0), 12),
+    "block-admm-classes": (partial(BlockADMM, at=(1, 2), lr=0.03, dual_memory="class", dual_step=1.0), 12),
+    "block-admm-jacobi": (partial(BlockADMM, at=(1, 2), lr=0.03, order="jacobi", sweeps=3), 12),
+    "block-admm-pipelined": (partial(BlockADMM, at=(1, 2), lr=0.03, order="pipelined"), 16),
     "sgd": (SGD, 12),
     "adam": (partial(Adam, lr=0.03), 12),
     "lbfgs": (LBFGS, 6),

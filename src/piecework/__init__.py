@@ -12,7 +12,7 @@ from .fit import fit
 from .group import Group, Ranks, Solo
 from .history import History
 from .losses import Hinge, Logistic, Loss, Softmax, Squared
-from .methods import ADMM, CG, LBFGS, SGD, Adam, GaussNewton
+from .methods import ADMM, CG, LBFGS, SGD, Adam, BlockADMM, GaussNewton
 from .split import split
 from .training import BadInput, Batch, CannotTrain, DidNotSolve, Method, Metrics, PeerLost, Training
 
@@ -28,6 +28,7 @@ __all__ = [
     "Adam",
     "BadInput",
     "Batch",
+    "BlockADMM",
     "CannotTrain",
     "Classifier",
     "DidNotSolve",

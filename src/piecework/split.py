@@ -12,12 +12,12 @@ from .training import BadInput
 
 
 def split(
-    model: nn.Module, *, at: Sequence[int] | None = None, into: int | None = None, example: Tensor | None = None
+    model: nn.Module, *, at: Sequence[int | str] | None = None, into: int | None = None, example: Tensor | None = None
 ) -> nn.Sequential:
     """The model as consecutive blocks, an `nn.Sequential` of `nn.Sequential`s that shares its modules and parameters.
 
     model: an `nn.Sequential`; plain ones inside it are opened, any other module stays whole.
-    at: the positions, in the opened sequence, where the second block and those after it begin; or
+    at: where the second block and those after it begin: positions in the opened sequence, or names of modules in it; or
     into: how many blocks to make. Every block then begins with a module that has parameters (what comes before the
         first of them goes with it), and the most expensive block is as cheap as it can be.
     example: rows of input, (n, ...); a block then costs the multiplications of its linear and convolutional layers on
@@ -27,14 +27,38 @@ def split(
         raise BadInput(
             f"split cuts an nn.Sequential, got {type(model).__name__}; put its parts into one, in their order"
         )
-    modules = [module for _, module in layers(model, open_hooked=False)]
+    named = list(layers(model, open_hooked=False))
+    modules = [module for _, module in named]
     if (at is None) == (into is None):
         raise BadInput("split needs either at=, the places to cut, or into=, the number of blocks")
-    starts = _checked(at, len(modules)) if at is not None else _balanced(_costs(model, modules, example), into or 0)
+    if at is not None:
+        starts = _checked(_positions(model, at, [name for name, _ in named]), len(modules))
+    else:
+        starts = _balanced(_costs(model, modules, example), into or 0)
     ends = [*starts[1:], len(modules)]
     blocks = [nn.Sequential(*modules[start:end]) for start, end in zip(starts, ends, strict=True)]
     _refuse_ties(blocks)
     return nn.Sequential(*blocks)
+
+
+def _positions(model: nn.Module, at: Sequence[int | str], names: Sequence[str]) -> list[int]:
+    """The places as numbers; a sequence's name is that of its first module."""
+    inside = {name for name, _ in model.named_modules()}
+    found: list[int] = []
+    for place in at:
+        if not isinstance(place, str):
+            found.append(place)
+        elif place in names:
+            found.append(names.index(place))
+        elif opened := [number for number, name in enumerate(names) if name.startswith(f"{place}.")]:
+            found.append(opened[0])
+        elif place in inside:
+            whole = next(name for name in names if place.startswith(f"{name}."))
+            kind = type(model.get_submodule(whole)).__name__
+            raise BadInput(f"{place} is inside {whole} ({kind}), which is one module; cut before or behind it")
+        else:
+            raise BadInput(f"there is no module {place!r} to cut before; there are {', '.join(names)}")
+    return found
 
 
 def _checked(at: Sequence[int], length: int) -> list[int]:

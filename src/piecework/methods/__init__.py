@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..training import Method
 from .admm import ADMM
+from .block_admm import BlockADMM
 from .cg import CG
 from .first_order import SGD, Adam
 from .gauss_newton import GaussNewton
@@ -12,6 +13,7 @@ from .lbfgs import LBFGS
 METHODS: dict[str, type[Method]] = {
     "admm": ADMM,
     "gauss-newton": GaussNewton,
+    "block-admm": BlockADMM,
     "sgd": SGD,
     "adam": Adam,
     "lbfgs": LBFGS,
@@ -19,4 +21,4 @@ METHODS: dict[str, type[Method]] = {
 }
 """Recipe classes by their kebab-case names."""
 
-__all__ = ["ADMM", "CG", "LBFGS", "METHODS", "SGD", "Adam", "GaussNewton"]
+__all__ = ["ADMM", "CG", "LBFGS", "METHODS", "SGD", "Adam", "BlockADMM", "GaussNewton"]

@@ -27,11 +27,11 @@ _RANDOM = (
 _COUPLED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
-def trainable(model: nn.Module, method: str) -> list[nn.Parameter]:
+def trainable(model: nn.Module, method: str, *, derivative: bool = True) -> list[nn.Parameter]:
     """The parameters that require a gradient, in the model's order.
 
-    Raises CannotTrain when there are none, when one has no shape yet (a lazy layer) or is not real floating point, and
-    when it is seen to get no derivative: in a sequence of layers, what comes before a `Sign`."""
+    Raises CannotTrain when there are none, when one has no shape yet (a lazy layer) or is not real floating point, and,
+    for a method that needs a derivative, when it is seen to get none: in a sequence of layers, before a `Sign`."""
     found = []
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
@@ -48,7 +48,7 @@ def trainable(model: nn.Module, method: str) -> list[nn.Parameter]:
             "add a layer with weights, or call requires_grad_() on those to be trained"
         )
     learning = False
-    for name, layer in layers(model):
+    for name, layer in layers(model) if derivative else ():
         if isinstance(layer, Sign) and learning:
             raise CannotTrain(
                 f"{method} needs a derivative, and layer {name} ({type(layer).__name__}) has none: nothing "
@@ -102,9 +102,14 @@ def start_from_rank_0(model: nn.Module, group: Group) -> None:
     share_from_rank_0(chain(model.parameters(), model.buffers()), group)
 
 
-@torch.no_grad()
 def share_from_rank_0(tensors: Iterable[Tensor], group: Group) -> None:
     """Overwrite the tensors by those of rank 0: one message for each dtype and device. Collective."""
+    share_from(0, tensors, group)
+
+
+@torch.no_grad()
+def share_from(rank: int, tensors: Iterable[Tensor], group: Group) -> None:
+    """Overwrite the tensors by those of a rank: one message for each dtype and device. Collective."""
     if group.size == 1:
         return
     kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
@@ -112,8 +117,9 @@ def share_from_rank_0(tensors: Iterable[Tensor], group: Group) -> None:
         kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
     for same in kinds.values():
         vector = packed(same)
-        group.broadcast_(vector, 0)
-        unpack_(vector, same)
+        group.broadcast_(vector, rank)
+        if group.rank != rank:
+            unpack_(vector, same)
 
 
 def packed(tensors: Sequence[Tensor]) -> Tensor:

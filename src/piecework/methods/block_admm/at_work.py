@@ -1,0 +1,206 @@
+"""Block-ADMM at work on one model: the blocks of this rank, step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ...evaluation import device_of
+from ...group import Group
+from ...losses import Loss, smoothed
+from ...training import BadInput, Batch, CannotTrain, Metrics
+from ..optimizer_state import entries_of, put_entries
+from ..parameters import share_from, start_from_rank_0
+from ..schedule import rate
+from .block import Block, Factory
+from .cuts import cut
+from .memory import Memory, OfClasses, OfSamples, Stateless
+from .neighbours import Neighbours, owners
+from .probe import balanced, cosine, figures
+from .sweep import Penalties, Sweep
+
+if TYPE_CHECKING:
+    from . import BlockADMM
+
+
+class BlocksAtWork:
+    """What all orders have in common: the blocks on their ranks, their optimisers, and how they are saved."""
+
+    data: Literal["shard", "same"] = "same"
+    batches: Literal["mini", "full"] = "mini"
+    deterministic = True
+
+    def __init__(self, recipe: BlockADMM, model: nn.Module, loss: Loss, group: Group) -> None:
+        self.model, self.group = model, group
+        self._recipe, self._loss = recipe, loss
+        parts = cut(model, at=recipe.at, blocks=recipe.blocks)
+        self._owners = _share_out(parts, group.size)
+        mine = [number for number, rank in enumerate(self._owners) if rank == group.rank]
+        self._device = device_of(model)
+        start_from_rank_0(model, group)
+        factories = recipe.factories(len(parts))
+        self._parts = parts
+        self._blocks = [Block(parts[one], one, factories[one], recipe.seed, self._device) for one in mine]
+        self._neighbours = Neighbours(group, parts, mine[0], mine[-1])
+        learning = [number for number, part in enumerate(parts) if any(one.requires_grad for one in part.parameters())]
+        betas = recipe.betas(len(parts))
+        self._penalties = Penalties(
+            beta=[torch.tensor(beta, dtype=torch.float64) for beta in betas] if recipe.balance else [*betas],
+            alpha_beta=recipe.alpha_beta,
+            local_steps=recipe.local_steps,
+            dual_step=recipe.dual_step,
+            keep_graphs=not recipe.recompute,
+            objective=smoothed(loss, recipe.label_smoothing),
+            num_blocks=len(parts),
+            lowest=learning[0],
+        )
+        self._step = 0
+
+    def step(self, batch: Batch) -> Metrics:
+        if len(batch) == 0:
+            raise BadInput("a mini-batch has no rows; give every rank the same number, at least one")
+        if not self.model.training:
+            self.model.train()
+        lr = self._set_rate()
+        batch = Batch(batch.x.to(self._device), batch.y.to(self._device), batch.index)
+        self._neighbours.learn(batch.x)
+        metrics = self._advance(batch)
+        self._neighbours.finish()
+        self._step += 1
+        return metrics if lr is None else {**metrics, "lr": torch.tensor(lr, dtype=torch.float64)}
+
+    def _advance(self, batch: Batch) -> Metrics:
+        raise NotImplementedError
+
+    def sync(self) -> None:
+        """Each rank gets the blocks of the others."""
+        for rank in range(self.group.size if self.group.size > 1 else 0):
+            parts = [part for part, owner in zip(self._parts, self._owners, strict=True) if owner == rank]
+            share_from(rank, chain(*(chain(part.parameters(), part.buffers()) for part in parts)), self.group)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "step": self._step,
+            "optimizers": {
+                str(block.number): entries_of(block.optimizer, block.parameters)
+                for block in self._blocks
+                if block.optimizer is not None
+            },
+            "beta": [float(beta) for beta in self._penalties.beta],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        found = state["optimizers"]
+        for block in self._blocks:
+            if block.optimizer is None:
+                continue
+            if str(block.number) not in found:
+                raise BadInput(f"the state has no optimiser of block {block.number}; it is of a run with other blocks")
+            put_entries(block.optimizer, block.parameters, list(found[str(block.number)]))
+        for number, beta in enumerate(state["beta"]):
+            before = self._penalties.beta[number]
+            self._penalties.beta[number] = torch.full_like(before, beta) if isinstance(before, Tensor) else beta
+        self._step = int(state["step"])
+
+    def _set_rate(self) -> float | None:
+        recipe = self._recipe
+        if recipe.optimizer is not None:
+            return None
+        lr = rate(
+            self._step,
+            lr=recipe.lr,
+            schedule=recipe.schedule,
+            schedule_steps=recipe.schedule_steps,
+            warmup_steps=recipe.warmup_steps,
+        )
+        for block in self._blocks:
+            for settings in block.optimizer.param_groups if block.optimizer is not None else ():
+                settings["lr"] = lr
+        return lr
+
+
+class Sweeping(BlocksAtWork):
+    """`sweeps` sweeps over each mini-batch, backward or all blocks at once."""
+
+    def __init__(self, recipe: BlockADMM, model: nn.Module, loss: Loss, group: Group) -> None:
+        super().__init__(recipe, model, loss, group)
+        self._memory = _memory(recipe)
+
+    def _advance(self, batch: Batch) -> Metrics:
+        penalties = self._penalties
+        for block in self._blocks:
+            block.begin(self._step)
+        sweep = Sweep(self._blocks, penalties, self._neighbours, batch.x, batch.y)
+        sweep.start(lambda number, f: self._memory.begin(number, f, batch, penalties.beta[number]))
+        probing = self._recipe.probe_every > 0 and self._step % self._recipe.probe_every == 0
+        true = None
+        if probing or self._recipe.mode == "batch":
+            sweep.seen.outputs, true = sweep.backpropagate()
+        if probing:
+            sweep.seen.directions = {}
+        for number in range(self._recipe.sweeps):
+            if number > 0:
+                sweep.refresh()
+                self._balance(sweep)
+            sweep.backward() if self._recipe.order == "backward" else sweep.jacobi()
+        for number, cut_ in sweep.cuts.items():
+            self._memory.end(number, cut_, batch, penalties.beta[number])
+        metrics: Metrics = {}
+        if sweep.seen.outputs is not None:
+            metrics["loss"] = self._loss(sweep.seen.outputs, batch.y).detach()
+        if probing:
+            assert true is not None
+            metrics |= self._probed(sweep, true)
+        return metrics
+
+    def _probed(self, sweep: Sweep, true: dict[int, list[Tensor]]) -> Metrics:
+        assert sweep.seen.directions is not None
+        terms = [term.double().cpu() for term in sweep.seen.lagrangian.values()]
+        lagrangian = torch.stack(terms).sum() if terms else torch.zeros((), dtype=torch.float64)
+        self.group.sum_(lagrangian)
+        return {
+            "cosine": cosine(sweep.seen.directions, true, self.group),
+            "lagrangian": lagrangian,
+            **figures(sweep, self._penalties.beta),
+        }
+
+    def _balance(self, sweep: Sweep) -> None:
+        if not self._recipe.balance:
+            return
+        for number, residual in sweep.residuals.items():
+            beta = self._penalties.beta[number]
+            assert isinstance(beta, Tensor)
+            self._penalties.beta[number] = balanced(sweep.cuts[number], residual, beta)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "memory": self._memory.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._memory.load_state_dict(state["memory"])
+
+
+def _memory(recipe: BlockADMM) -> Memory:
+    if recipe.mode == "batch":
+        return OfSamples(1.0, recipe.dual_step, variables=True)
+    if recipe.dual_memory == "sample":
+        return OfSamples(recipe.dual_decay, recipe.dual_step, variables=False)
+    if recipe.dual_memory == "class":
+        return OfClasses(recipe.dual_decay, recipe.dual_step)
+    return Stateless()
+
+
+def _share_out(parts: Sequence[nn.Module], size: int) -> list[int]:
+    if size > len(parts):
+        raise CannotTrain(
+            f"block-admm puts blocks on ranks, and this model has {len(parts)} for {size} ranks; use at most "
+            f"{len(parts)} ranks, or cut the model finer (blocks= or at=)"
+        )
+    return owners([1.0 + sum(one.numel() for one in part.parameters()) for part in parts], size)
+
+
+__all__ = ["BlocksAtWork", "Factory", "Sweeping"]

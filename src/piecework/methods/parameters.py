@@ -52,7 +52,7 @@ def trainable(model: nn.Module, method: str, *, derivative: bool = True) -> list
         if isinstance(layer, Sign) and learning:
             raise CannotTrain(
                 f"{method} needs a derivative, and layer {name} ({type(layer).__name__}) has none: nothing "
-                "before it would learn; train with admm, freeze the layers before it, or take another activation"
+                "before it would learn; train with block-admm or admm, freeze the layers before it, or take another activation"
             )
         learning = learning or any(parameter.requires_grad for parameter in layer.parameters())
     return found
@@ -63,7 +63,7 @@ def no_gradient(model: nn.Module) -> CannotTrain:
     idle = [name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None]
     return CannotTrain(
         f"no derivative of the loss reaches {idle[0] if idle else 'a parameter (seen on another rank)'}; "
-        "train with admm, freeze it with requires_grad_(False), or replace the part that has no derivative"
+        "train with block-admm or admm, freeze it with requires_grad_(False), or replace the part without a derivative"
     )
 
 

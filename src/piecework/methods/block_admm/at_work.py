@@ -94,13 +94,13 @@ class BlocksAtWork:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        found = state["optimizers"]
+        if len(state["beta"]) != len(self._parts):
+            raise BadInput(
+                f"the state is of {len(state['beta'])} blocks, and this model is cut into {len(self._parts)}"
+            )
         for block in self._blocks:
-            if block.optimizer is None:
-                continue
-            if str(block.number) not in found:
-                raise BadInput(f"the state has no optimiser of block {block.number}; it is of a run with other blocks")
-            put_entries(block.optimizer, block.parameters, list(found[str(block.number)]))
+            if block.optimizer is not None:
+                put_entries(block.optimizer, block.parameters, list(state["optimizers"][str(block.number)]))
         for number, beta in enumerate(state["beta"]):
             before = self._penalties.beta[number]
             self._penalties.beta[number] = torch.full_like(before, beta) if isinstance(before, Tensor) else beta

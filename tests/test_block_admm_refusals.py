@@ -96,14 +96,14 @@ def test_as_many_penalties_and_optimisers_as_there_are_cuts_and_blocks() -> None
 def test_a_block_that_gives_no_tensor_is_named() -> None:
     model = nn.Sequential(nn.Linear(5, 5), _Pair(), nn.Linear(5, 3))
     training = BlockADMM(at=(2,)).bind(model, LOSS)
-    with pytest.raises(CannotTrain, match="block 0 .*_Pair.* gives a tuple"):
+    with pytest.raises(CannotTrain, match=r"block 0 .*_Pair.* gives a tuple"):
         training.step(Batch(torch.randn(4, 5), torch.tensor([0, 1, 2, 0])))
 
 
 def test_a_layer_without_a_derivative_inside_a_block_is_told_what_it_needs() -> None:
     model = nn.Sequential(nn.Linear(5, 5), _Blind(), nn.Linear(5, 3))
     training = BlockADMM(probe_every=0).bind(model, LOSS)
-    with pytest.raises(CannotTrain, match="no derivative reaches 0.weight of block 0.* prox_input"):
+    with pytest.raises(CannotTrain, match=r"no derivative reaches 0.weight of block 0.* prox_input"):
         training.step(Batch(torch.randn(4, 5), torch.tensor([0, 1, 2, 0])))
 
 

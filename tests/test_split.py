@@ -32,6 +32,16 @@ def test_the_blocks_in_a_row_are_the_model(into: int) -> None:
     assert torch.equal(blocks(x), model(x))
 
 
+def test_a_place_may_be_the_name_of_a_module_or_of_a_sequence() -> None:
+    model = nn.Sequential(OrderedDict(scaling=nn.Identity(), network=mlp(5, [24], 2), last=nn.Linear(2, 2)))
+    assert _sizes(split(model, at=["network", "network.2", "last"])) == [1, 2, 1, 1]
+    whole = nn.Sequential(nn.Linear(5, 5), nn.Bilinear(5, 5, 2), nn.ModuleList([nn.Linear(2, 2)]))
+    with pytest.raises(
+        BadInput, match=r"2\.0 is inside 2 \(ModuleList\), which is one module; cut before or behind it"
+    ):
+        split(whole, at=["2.0"])
+
+
 def test_the_blocks_share_the_models_parameters() -> None:
     model = _network()
     own = [id(parameter) for parameter in model.parameters()]
@@ -114,7 +124,9 @@ def test_tied_weights_are_not_torn_apart() -> None:
         ({"at": [3, 3]}, "rising positions from 1 to 7"),
         ({"at": [8]}, "rising positions from 1 to 7"),
         ({"at": [-1]}, "rising positions from 1 to 7"),
-        ({"at": ["network.2"]}, "at= takes whole numbers"),
+        ({"at": [2.0]}, "at= takes whole numbers"),
+        ({"at": ["network.8"]}, "no module 'network.8' to cut before; there are scaling, network.0"),
+        ({"at": ["network.4", "network.2"]}, "rising positions from 1 to 7"),
     ],
 )
 def test_what_cannot_be_cut_is_refused_in_a_sentence(arguments: dict[str, object], sentence: str) -> None:

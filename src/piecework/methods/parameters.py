@@ -52,7 +52,8 @@ def trainable(model: nn.Module, method: str, *, derivative: bool = True) -> list
         if isinstance(layer, Sign) and learning:
             raise CannotTrain(
                 f"{method} needs a derivative, and layer {name} ({type(layer).__name__}) has none: nothing "
-                "before it would learn; train with block-admm or admm, freeze the layers before it, or take another activation"
+                "before it would learn; train with block-admm or admm, freeze the layers before it, or take another "
+                "activation"
             )
         learning = learning or any(parameter.requires_grad for parameter in layer.parameters())
     return found

@@ -99,12 +99,12 @@ def _paint_head(canvas: Array, x: Array, y: Array, has: Mapping[str, Array], sha
     _paint(canvas, hair, _box(x, y - 2.5, width + 2.6, height + 0.6, 5.0), has["long hair"])
     _paint(canvas, skin, _box(x, y - 11.0, 3.0, 5.0, 1.0), 1.0)
     _paint(canvas, skin * np.float32(0.93), _ellipse(side - width, y - 0.3, 1.5, 2.1), 1.0)
-    _paint(canvas, 0.05, _disc(side - width - 0.7, y - 3.7, 1.75), has["earrings"])
-    _paint(canvas, 1.0, _disc(side - width - 0.7, y - 3.7, 1.1), has["earrings"])
+    _paint(canvas, 0.05, _ellipse(side - width - 0.9, y - 4.7, 2.0, 2.8), has["earrings"])
+    _paint(canvas, 1.0, _ellipse(side - width - 0.9, y - 4.7, 1.2, 2.0), has["earrings"])
     face = _ellipse(x, y, width, height)
     _paint(canvas, skin, face, 1.0)
     _paint(canvas, hair, np.maximum(face, y + 0.66 * height - 0.012 * x * x), 1.0)
-    lips = _ellipse(x, y - shape["mouth height"], shape["mouth width"] + 0.5, 1.7)
+    lips = _ellipse(x, y - shape["mouth height"], shape["mouth width"] + 0.6, 2.2)
     chin = np.maximum(face - 0.6, (2.2 - y) + np.maximum(4.6 - side, 0) * 0.35)
     _paint(canvas, hair * np.float32(0.8), np.maximum(chin, -lips), has["beard"])
 
@@ -128,7 +128,9 @@ def _paint_face(
         _segment(x, y, (0.0, level + 1.2), (0.0, tip)) - 0.25, _segment(side, y, (0.0, tip), (0.9, tip)) - 0.2
     )
     _paint(canvas, shape["skin tone"] * np.float32(0.62), nose - (shape["nose width"] - 0.35), 1.0)
-    _paint(canvas, 0.15, _mouth(x, y, shape["mouth width"], shape["mouth height"], smile), 1.0)
+    line, teeth = _mouth(x, y, shape["mouth width"], shape["mouth height"], smile)
+    _paint(canvas, 1.0, teeth, 1.0)
+    _paint(canvas, 0.15, line, 1.0)
 
 
 def _paint_hat(canvas: Array, x: Array, y: Array, has: Mapping[str, Array], shape: Mapping[str, Array]) -> None:
@@ -183,11 +185,12 @@ def _segment(x: Array, y: Array, start: tuple[Array | float, ...], end: tuple[Ar
     return distance
 
 
-def _mouth(x: Array, y: Array, width: Array, height: Array, smile: Array) -> Array:
-    """A parabola whose corners lie up to 2.2 pixels above its middle where there is a smile, a little below without."""
-    rise = smile * np.float32(2.6) - np.float32(0.4)
+def _mouth(x: Array, y: Array, width: Array, height: Array, smile: Array) -> tuple[Array, Array]:
+    """A parabola, its corners up to 3 pixels above its middle with a smile and a little below without; and the teeth
+    between it and its chord, which only a smile shows."""
+    rise = smile * np.float32(3.4) - np.float32(0.4)
     bend = rise / (width * width)
-    curve = height + rise * np.float32(0.5) - bend * x * x
-    slope = 2 * bend * x
-    distance: Array = np.maximum(np.abs(y - curve) / np.sqrt(1 + slope * slope) - 0.55, np.abs(x) - width)
-    return distance
+    below = (y - height - rise * np.float32(0.5) + bend * x * x) / np.sqrt(1 + (2 * bend * x) ** 2)
+    beyond = np.abs(x) - width
+    teeth = np.maximum(np.maximum(below, height - rise * np.float32(0.5) - y), beyond)
+    return np.maximum(np.abs(below) - 0.55, beyond), teeth

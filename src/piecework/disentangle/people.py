@@ -1,6 +1,7 @@
 """Figures of codes of people: whether pictures of one person have like codes, also of people never trained on.
 
-Likeness is the cosine of two codes (n, r); a code of zeros is like nothing (cosine 0)."""
+Likeness is the cosine of two codes (n, r); a code of zeros is like nothing (cosine 0). It depends on the scale of each
+factor: bring the columns of the dictionary to length 1, and the codes with them, before comparing methods."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def mig(train_codes: Rows, train_labels: Rows, test_codes: Rows, test_labels: Ro
     train, test, y, z = _parts(train_codes, train_labels, test_codes, test_labels)
     low, high = train.min(0), train.max(0)
     width = np.where(high > low, high - low, 1.0)
-    cells = [np.clip(((part - low) / width * bins).astype(int), 0, bins - 1) for part in (train, test)]
+    cells = [np.clip((part - low) / width * bins, 0, bins - 1).astype(np.int64) for part in (train, test)]
     columns = np.arange(y.shape[1])
     first, second = _best_two(np.stack([_information(cells[0], y[:, k], bins) for k in columns], axis=1))
     gaps = np.full(len(columns), np.nan)
@@ -58,7 +58,7 @@ def sap(train_codes: Rows, train_attributes: Rows, test_codes: Rows, test_attrib
     """(a,) separated attribute predictability: balanced accuracy of the best factor minus that of the runner-up.
 
     Each factor predicts the attribute by the threshold and direction that are best on the training part; the two
-    factors are chosen there, too. codes: (n, r), (m, r), r at least 2; attributes: (n, a), (m, a) of 0 and 1, or
+    factors are chosen there, too. Balanced accuracy starts at 1/2, so 1/2 is the largest gap. codes: (n, r), (m, r), r at least 2; attributes: (n, a), (m, a) of 0 and 1, or
     vectors. NaN where the attribute is constant in either part."""
     train, test, y, z = _parts(train_codes, train_attributes, test_codes, test_attributes)
     has, truth = inputs.attributes(y, len(train)), inputs.attributes(z, len(test))

@@ -122,7 +122,12 @@ def table(name: str, seeds: int) -> tuple[str, list[str], list[list[object]]]:
         found = [row(each, kind, rank, seed) for seed, each in enumerate(sets)]
         header = ["", *found[0]]
         cells = [[each[figure] for each in found] for figure in found[0]]
-        rows.append([f"{kind}, r = {rank}", *(f"{np.mean(c):.3f} ± {np.std(c):.3f}" for c in cells)])
+        rows.append(
+            [
+                f"{kind}, r = {rank}",
+                *("-" if np.isnan(c).any() else f"{np.mean(c):.3f} ± {np.std(c):.3f}" for c in cells),
+            ]
+        )
         print(name, rows[-1], flush=True)
     return f"{name}, seeds 0..{seeds - 1}: mean ± standard deviation over the splits", header, rows
 

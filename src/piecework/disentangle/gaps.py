@@ -58,8 +58,9 @@ def sap(train_codes: Rows, train_attributes: Rows, test_codes: Rows, test_attrib
     """(a,) separated attribute predictability: balanced accuracy of the best factor minus that of the runner-up.
 
     Each factor predicts the attribute by the threshold and direction that are best on the training part; the two
-    factors are chosen there, too. Balanced accuracy starts at 1/2, so 1/2 is the largest gap. codes: (n, r), (m, r), r at least 2; attributes: (n, a), (m, a) of 0 and 1, or
-    vectors. NaN where the attribute is constant in either part."""
+    factors are chosen there, too. Balanced accuracy starts at 1/2, so 1/2 is the largest gap. codes: (n, r), (m, r),
+    r at least 2; attributes: (n, a), (m, a) of 0 and 1, or vectors. NaN where the attribute is constant in either
+    part."""
     train, test, y, z = _parts(train_codes, train_attributes, test_codes, test_attributes)
     has, truth = inputs.attributes(y, len(train)), inputs.attributes(z, len(test))
     gaps = np.full(has.shape[1], np.nan)

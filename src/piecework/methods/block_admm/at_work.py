@@ -135,18 +135,22 @@ class Sweeping(BlocksAtWork):
         for block in self._blocks:
             block.begin(self._step)
         sweep = Sweep(self._blocks, penalties, self._neighbours, batch.x, batch.y)
-        sweep.start(lambda number, f: self._memory.begin(number, f, batch, penalties.beta[number]))
         probing = self._recipe.probe_every > 0 and self._step % self._recipe.probe_every == 0
+        if probing:
+            sweep.seen.directions = {}
+        sweep.start(lambda number, f: self._memory.begin(number, f, batch, penalties.beta[number]))
         true = None
         if probing or self._recipe.mode == "batch":
             sweep.seen.outputs, true = sweep.backpropagate()
-        if probing:
-            sweep.seen.directions = {}
         for number in range(self._recipe.sweeps):
             if number > 0:
                 sweep.refresh()
                 self._balance(sweep)
-            sweep.backward() if self._recipe.order == "backward" else sweep.jacobi()
+            if self._recipe.order == "jacobi":
+                sweep.jacobi()
+            else:
+                done = number == self._recipe.sweeps - 1 and isinstance(self._memory, Stateless) and not probing
+                sweep.backward(release=done)
         for number, cut_ in sweep.cuts.items():
             self._memory.end(number, cut_, batch, penalties.beta[number])
         metrics: Metrics = {}

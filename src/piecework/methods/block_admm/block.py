@@ -27,7 +27,8 @@ class Cut:
     d: Tensor | None = None
     u: Tensor | None = None
     moved: Tensor | None = None
-    """How far X went in the last move."""
+    """How far X went in the last move, where `watched`."""
+    watched: bool = False
 
     @property
     def x(self) -> Tensor:
@@ -52,7 +53,8 @@ class Cut:
 
     def put(self, d: Tensor) -> None:
         """Move X to f + d."""
-        self.moved = d if self.d is None else d - self.d
+        if self.watched:
+            self.moved = d if self.d is None else d - self.d
         self.d = d
 
     def refresh(self, f: Tensor, dual_step: float) -> Tensor:

@@ -41,8 +41,8 @@ class Pipelined(BlocksAtWork):
         if self._recipe.probe_every > 0 and now % self._recipe.probe_every == 0:
             for block in self._blocks:
                 block.begin(now, again=True)
-            _, self._true[now] = sweep.backpropagate()
             sweep.seen.directions = {}
+            _, self._true[now] = sweep.backpropagate()
         metrics: Metrics = {}
         for block in self._blocks:
             coming, going = now - block.number, now - 2 * last + block.number

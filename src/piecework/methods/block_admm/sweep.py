@@ -62,6 +62,7 @@ class Sweep:
         self.cuts: dict[int, Cut] = {}
         self.residuals: dict[int, Tensor] = {}
         self.seen = Seen()
+        self._watched = any(isinstance(beta, Tensor) for beta in penalties.beta)  # penalties that change
         self._lowest = penalties.lowest
         self._from_above: tuple[Tensor | None, float | Tensor] = (None, 1.0)
 
@@ -90,7 +91,8 @@ class Sweep:
         if block.number > 0:
             if block.number - 1 not in self._given:
                 self.take_from_below()
-            self.cuts[block.number] = begin(block.number, self._given[block.number - 1])
+            self.cuts[block.number] = cut = begin(block.number, self._given[block.number - 1])
+            cut.watched = self._watched or self.seen.directions is not None
         if not self._is_last(block):
             self._evaluate(block)
             if block is self._blocks[-1]:
@@ -152,11 +154,16 @@ class Sweep:
 
     # -- visits ---------------------------------------------------------------------------------------------------
 
-    def backward(self) -> None:
-        """Visit the blocks from the last to the first; each hands its new target down at once."""
+    def backward(self, *, release: bool = False) -> None:
+        """Visit the blocks from the last to the first; each hands its new target down at once.
+
+        release: let each variable go when nothing in this sweep needs it any more."""
         self.take_from_above()
         for block in reversed(self._blocks):
             self.visit(block)
+            if release:
+                self.cuts.pop(block.number + 1, None)
+                self._given.pop(block.number, None)
         self.hand_down()
 
     def jacobi(self) -> None:
@@ -307,7 +314,8 @@ class Sweep:
     def state_dict(self) -> dict[str, Any]:
         """What is under way, as tensors and plain values; graphs are not kept."""
         cuts = {
-            str(number): {name: value.clone() for name, value in vars(cut).items() if value is not None}
+            str(number): {name: value.clone() for name, value in vars(cut).items() if isinstance(value, Tensor)}
+            | {"watched": cut.watched}
             for number, cut in self.cuts.items()
         }
         reach, beta = self._from_above

@@ -34,7 +34,7 @@ class Quantiser(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         codes = self.codes(x)
-        return codes[torch.bucketize(x.detach(), midpoints(codes), right=True)]
+        return codes[torch.bucketize(x.detach().contiguous(), midpoints(codes), right=True)]
 
     def prox_input(self, v: Tensor, b: Tensor, beta_in: float, beta_out: float) -> Tensor:
         """The cheapest code, or v: exact."""

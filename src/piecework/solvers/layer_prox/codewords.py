@@ -94,7 +94,7 @@ class _Cells:
             excess -= amount * products
         own = self.codebook[codes]
         a = self.v[:, None] - weights @ self.codebook + weights.sum(2, keepdim=True) * own
-        excess = excess.clamp_min(0)
+        excess = torch.where(between > 0, excess, 0).clamp_min(0)  # towards itself an excess could only be rounding
         share = excess / (excess + (0.5 - self.margin) * between).clamp_min(torch.finfo(excess.dtype).tiny)
         return a + share.amax(2, keepdim=True) * (own - a)
 

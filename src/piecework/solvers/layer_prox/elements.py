@@ -38,7 +38,7 @@ def quantiser(v: Tensor, codes: Tensor, price: Price, beta_in: float, margin: fl
     the minimiser over all numbers: no loop over the codes."""
     edges, last = midpoints(codes), codes.numel() - 1
     step = (codes[-1] - codes[0]) / last
-    here = torch.bucketize(v, edges, right=True)
+    here = torch.bucketize(v.contiguous(), edges, right=True)
     a, least = v, torch.zeros_like(v)
     for side in (1, -1):
         reach = side * step * (0.5 - margin)  # from the near edge of a cell, with the margin, to its code

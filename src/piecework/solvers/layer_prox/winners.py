@@ -28,7 +28,7 @@ def one_hot(v: Tensor, price: Price, beta_in: float, margin: float) -> Tensor:
     place = torch.arange(num_features, device=v.device).expand_as(s)
     sums, squares = F.pad(s.cumsum(1), (1, 0)), F.pad(s.square().cumsum(1), (1, 0))
     height = (place + 1) * s - sums[:, :-1]  # falls from 0
-    ahead = torch.minimum(torch.searchsorted(-height, margin - s), place)
+    ahead = torch.minimum(torch.searchsorted((-height).contiguous(), (margin - s).contiguous()), place)
     lowered = (height - s > -margin).sum(1, keepdim=True)
     behind = torch.where(ahead == place, (lowered - 1 - place).clamp_min(0), 0)
     end, over = ahead + behind + (behind > 0), s * (behind > 0)

@@ -175,11 +175,11 @@ def test_all_rows_at_once_are_each_row_by_minimax(shape: tuple[int, int]) -> Non
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("size", [2, 3, 5, 24])
 def test_no_winner_is_cheaper_than_that_of_the_one_hot_step(size: int, mode: str) -> None:
-    generator, eye, margin, rows = torch.Generator().manual_seed(5), np.eye(size), 0.1, 4
-    layer, changes = OneHot(margin), 0
-    for scale in (0.1, 1.0):
+    generator, eye, rows, changes = torch.Generator().manual_seed(5), np.eye(size), 4, 0
+    for scale, margin in ((0.1, 0.1), (1.0, 0.1), (0.3, 1.0)):
         v, b = _normal(generator, 2, rows, size)
-        v = v * scale  # at the small scale entries within the margin behind a winner are lowered too
+        v, b = v * scale, 3 * b  # at a small scale entries within the margin behind a winner are lowered too
+        layer = OneHot(margin)
         beta_in, beta_out = _penalties(generator)
         cost = _cost(layer, mode, v, b, beta_in, beta_out)
         a = _solve(layer, mode, v, b, beta_in, beta_out)
@@ -193,7 +193,7 @@ def test_no_winner_is_cheaper_than_that_of_the_one_hot_step(size: int, mode: str
                 outer = _outer(mode, torch.from_numpy(eye[j]), b[i], beta_out).sum()
                 least[i] = torch.minimum(least[i], beta_in / 2 * distance + outer)
         torch.testing.assert_close(cost(a), least, rtol=0, atol=1e-10)
-    assert changes >= 2
+    assert changes >= 4
 
 
 # -- where the answer may be less than the best ------------------------------------------------------------------------
@@ -236,7 +236,7 @@ def _gaps(reached: Tensor, least: Tensor, staying: Tensor) -> tuple[float, float
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("by", ["value", "magnitude"])
-def test_the_top_k_step_misses_the_best_set_of_at_most_one_row_in_a_hundred(by: str, mode: str) -> None:
+def test_the_top_k_step_misses_the_best_set_of_at_most_one_row_in_200(by: str, mode: str) -> None:
     generator, reached, least, staying = torch.Generator().manual_seed(6), [], [], []
     for size, k in ((2, 1), (3, 1), (3, 2), (5, 2), (5, 3), (6, 2)):
         layer = TopK(k, by=by, margin=SMALL)
@@ -250,8 +250,20 @@ def test_the_top_k_step_misses_the_best_set_of_at_most_one_row_in_a_hundred(by: 
         least.append(torch.minimum(by_sets, staying[-1]))
         assert float((reached[-1] - least[-1]).min()) > -1e-7 * max(1.0, beta_in, beta_out, 1 / beta_in)
     share, lost = _gaps(torch.cat(reached), torch.cat(least), torch.cat(staying))
-    assert share <= 0.01
-    assert lost <= 0.002
+    assert share <= 0.005
+    assert lost <= 0.0002
+
+
+def test_a_scan_of_more_levels_gains_next_to_nothing() -> None:
+    generator = torch.Generator().manual_seed(10)
+    v, b = _normal(generator, 2, 200, 101)
+    layer, costs = TopK(10), []
+    cost = _cost(layer, "quadratic", v, b, 1.0, 1.0)
+    for scan in (16, 96):
+        price = layer_prox.towards(b, 1.0)
+        a = layer_prox.top_k(v, 10, price, 1.0, layer.margin, magnitude=False, scan=scan)
+        costs.append(float(cost(a).mean()))
+    assert costs[0] - costs[1] <= 2e-5 * (float(cost(v).mean()) - costs[1])
 
 
 def _simplex_by_enumeration(mode: str, v: Tensor, b: Tensor, beta_in: float, beta_out: float) -> Tensor:
@@ -280,9 +292,9 @@ def _simplex_by_enumeration(mode: str, v: Tensor, b: Tensor, beta_in: float, bet
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_simplex_step_misses_the_best_support_of_at_most_one_row_in_a_hundred(mode: str) -> None:
+def test_the_simplex_step_misses_the_best_support_of_at_most_one_row_in_500(mode: str) -> None:
     generator, reached, least, staying = torch.Generator().manual_seed(7), [], [], []
-    for size, scale in ((2, 1.0), (3, 0.3), (3, 1.0), (5, 0.3), (5, 2.0)):
+    for size, scale in ((2, 1.0), (3, 0.3), (3, 1.0), (5, 0.3), (5, 2.0), (6, 1.0)):
         layer = Simplex()
         v, b = scale * _normal(generator, 100, size), _normal(generator, 100, size)
         beta_in, beta_out = _penalties(generator)
@@ -292,8 +304,8 @@ def test_the_simplex_step_misses_the_best_support_of_at_most_one_row_in_a_hundre
         least.append(_simplex_by_enumeration(mode, v, b, beta_in, beta_out))
         assert float((reached[-1] - least[-1]).min()) > -1e-9
     share, lost = _gaps(torch.cat(reached), torch.cat(least), torch.cat(staying))
-    assert share <= 0.01
-    assert lost <= 0.002
+    assert share <= 0.002
+    assert lost <= 0.0002
 
 
 def test_no_input_at_random_is_cheaper_than_the_simplex_step_in_two_dimensions() -> None:
@@ -305,6 +317,25 @@ def test_no_input_at_random_is_cheaper_than_the_simplex_step_in_two_dimensions()
         beta_in, beta_out = _penalties(generator)
         cost = _cost(layer, "quadratic", v, b, beta_in, beta_out)
         assert float(cost(layer.prox_input(v, b, beta_in, beta_out))) <= float(cost(grid).min()) + 1e-9
+
+
+def test_one_entry_more_or_less_in_the_support_hardly_betters_the_simplex_step() -> None:
+    generator, layer = torch.Generator().manual_seed(11), Simplex()
+    v, b = 0.3 * _normal(generator, 100, 24), layer(2 * _normal(generator, 100, 24))
+    cost = _cost(layer, "quadratic", v, b, 1.0, 1.0)
+    a = layer.prox_input(v, b, 1.0, 1.0)
+    best, support, wanted = cost(a), layer(a) > 0, (v + b) / 2
+    for j in range(24):
+        other = support.clone()
+        other[:, j] = ~other[:, j]
+        other[other.sum(1) == 0] = True
+        p = layer(torch.where(other, wanted, -1e6))
+        tau = torch.where(support, a - layer(a), 0).sum(1, keepdim=True) / support.sum(1, keepdim=True)
+        for _ in range(60):  # the mean of what is held at tau: a fixed point
+            held = (p > 0) | (v > tau)
+            tau = torch.where(held, v - p, 0).sum(1, keepdim=True) / held.sum(1, keepdim=True)
+        best = torch.minimum(best, cost(torch.where(p > 0, p + tau, torch.minimum(v, tau))))
+    assert float((cost(a) - best).mean()) <= 1e-5 * float((cost(v) - best).mean())
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -8,9 +8,6 @@ from torch import Tensor
 
 from .price import Price
 
-TURNS = 3
-"""How often `top_k` improves set and level after its scan: more than that is rarely seen to change either."""
-
 
 def one_hot(v: Tensor, price: Price, beta_in: float, margin: float) -> Tensor:
     """Of the one-hot row of the largest entry, v (n, d): exact over all winners, O(n d log d).
@@ -108,8 +105,7 @@ class _TopK:
             better = cost < least
             chosen = torch.where(better[:, None], other, chosen)
             least = torch.where(better, cost, least)
-        for _ in range(TURNS):
-            chosen = self.at_level(self.best_level(chosen))[0]
+        chosen = self.at_level(self.best_level(chosen))[0]  # a second time is hardly ever seen to change the set
         a = self.inputs(chosen, self.best_level(chosen))
         return torch.where((self.true_cost(a) < self.true_cost(self.v))[:, None], a, self.v)
 

@@ -1,7 +1,27 @@
-"""Layers torch lacks."""
+"""Layers torch lacks, some without a derivative: those carry the proximal step that stands in for it."""
 
 from .activations import HardSigmoid, Sign
+from .black_box import BlackBox
+from .order import OneHot, Sort, TopK
+from .projections import NonNegative, Simplex
+from .prox_layer import LinearProxLayer, ProxLayer
+from .quantisers import Quantiser, VectorQuantiser
 from .residual import Residual
 from .standardise import Standardise
 
-__all__ = ["HardSigmoid", "Residual", "Sign", "Standardise"]
+__all__ = [
+    "BlackBox",
+    "HardSigmoid",
+    "LinearProxLayer",
+    "NonNegative",
+    "OneHot",
+    "ProxLayer",
+    "Quantiser",
+    "Residual",
+    "Sign",
+    "Simplex",
+    "Sort",
+    "Standardise",
+    "TopK",
+    "VectorQuantiser",
+]

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..solvers import layer_prox
+from .prox_layer import along, positive, towards
+
 
 class HardSigmoid(nn.Module):
     """clip(z, 0, 1), the hard sigmoid of Taylor et al. 2016; `torch.nn.Hardsigmoid` is clip(z/6 + 1/2, 0, 1)."""
@@ -14,7 +17,22 @@ class HardSigmoid(nn.Module):
 
 
 class Sign(nn.Module):
-    """+1 where z >= 0, else -1. Its derivative is zero wherever it exists: backpropagation learns nothing below it."""
+    """+1 where z >= 0, else -1. Its derivative is zero wherever it exists: backpropagation learns nothing below it.
+
+    margin: in units of z, how far beyond 0 its proximal step goes where it flips a unit. Raises BadInput unless it is
+    positive."""
+
+    def __init__(self, margin: float = 0.1) -> None:
+        super().__init__()
+        self.margin = positive("margin", margin)
 
     def forward(self, z: Tensor) -> Tensor:
         return torch.where(z >= 0, 1.0, -1.0).to(z.dtype)
+
+    def prox_input(self, v: Tensor, b: Tensor, beta_in: float, beta_out: float) -> Tensor:
+        """Stay, or flip to -margin sign(v): exact. Any shape."""
+        return layer_prox.sign(v.detach(), towards(v, b, beta_in, beta_out), beta_in, self.margin)
+
+    def prox_input_linear(self, v: Tensor, gradient: Tensor, beta_in: float) -> Tensor:
+        """Flips iff 2 gradient sign(v) > beta_in/2 (|v| + margin)^2."""
+        return layer_prox.sign(v.detach(), along(v, gradient, beta_in), beta_in, self.margin)

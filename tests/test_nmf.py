@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import warnings
 
@@ -176,6 +177,18 @@ def test_an_exact_factorisation_is_found() -> None:
     a = uniform(24, 4, seed=3) @ parts.T
     found = nmf(a, 4, tolerance=0.0, max_iterations=500)
     assert found.relative_error < 1e-3
+
+
+def test_a_factor_that_starts_dead_does_not_stay_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    a = uniform(24, 7, seed=1) * torch.tensor([1, 1, 1, 1, 1, 1, 0.0], dtype=torch.float64)
+    start = unit_columns(uniform(7, 3, seed=2))[0]
+    start[:, 1] = torch.eye(7, dtype=torch.float64)[6]  # a direction that no row has
+    expected = nmf(a[:, :6], 3).relative_error
+    module = importlib.import_module("piecework.solvers.nmf")  # the function has the same name
+    monkeypatch.setattr(module, "start_dictionary", lambda *_, **__: start)
+    found = nmf(a, 3)
+    assert not dead(found.codes.T @ found.codes, part=1e-3).any()
+    assert found.relative_error == pytest.approx(expected, rel=0.1)
 
 
 def theirs(a: Tensor, rank: int, init: str, seed: int) -> float:

@@ -234,12 +234,30 @@ def test_a_factor_that_no_code_uses_starts_again() -> None:
     layer = NMF(7, 3, dtype=torch.float64, forget=0.5)
     layer(a)
     layer.dictionary[:, 1] = torch.eye(7, dtype=torch.float64)[6]  # a direction that no row has
+    layer.held.fill_(False)  # and no code so far
     with_dead = float(layer.relative_error(a))
     for _ in range(20):
         layer(a)
     assert int((layer.eval()(a) > 0).any(0).sum()) == 3
     assert float(layer.dictionary[6].max()) == 0
     assert float(layer.relative_error(a)) < 0.9 * with_dead
+
+
+def test_it_starts_at_what_the_worst_row_lacks_with_a_credit() -> None:
+    a, dictionary = case(24, 7, 3)
+    layer = layer_of(dictionary)
+    codes = layer.eval()(a)
+    codes[:, 1] = 0
+    missing = (a - codes @ dictionary.T).clamp_min(0)
+    worst = missing[missing.norm(dim=1).argmax()]
+    layer.observe(a, codes)
+    torch.testing.assert_close(layer.dictionary[:, 1], worst / worst.norm())
+    credit = layer.gram[1, 1]
+    assert 0 < float(credit) < 0.1 * float(layer.gram[0, 0])
+    torch.testing.assert_close(layer.cross[:, 1], credit * layer.dictionary[:, 1])
+    kept = layer.dictionary[:, 1].clone()
+    layer.observe(a, codes)  # codes that still do not use it: it has its time
+    torch.testing.assert_close(layer.dictionary[:, 1], kept, rtol=0, atol=1e-12)
 
 
 def test_a_living_dictionary_is_not_revived() -> None:

@@ -23,6 +23,7 @@ from piecework.solvers.nnls import (
     iterates,
     rough_then_exact,
     spectral_bound,
+    sweep,
 )
 from piecework.training import BadInput
 
@@ -143,6 +144,15 @@ def test_coordinate_sweeps_never_raise_the_objective() -> None:
         before = value
 
 
+def test_a_column_of_zeros_leaves_its_codes() -> None:
+    a, dictionary = case(24, 7, 5)
+    dictionary[:, 2] = 0
+    start = uniform(24, 5, seed=4)
+    swept = sweep(start, *gram_and_cross(a, dictionary, 0.0))
+    assert torch.equal(swept[:, 2], start[:, 2])
+    assert not torch.equal(swept[:, 1], start[:, 1])
+
+
 def test_a_row_does_not_depend_on_its_company() -> None:
     a, dictionary = case(24, 7, 5)
     together = nnls(a, dictionary).x
@@ -212,6 +222,15 @@ def test_pivoting_never_makes_a_row_worse() -> None:
     before, now = (departure(s, s @ gram - cross, gram.diagonal()) for s in (guess, found))
     assert found.isfinite().all()
     assert (now <= before).all()
+
+
+def test_codes_are_never_negative_not_even_by_a_rounding() -> None:
+    _, dictionary = case(1, 24, 9)
+    codes = (uniform(24, 9, seed=3) - 0.5).clamp_min(0)
+    gram, cross = gram_and_cross(codes @ dictionary.T, dictionary, 0.0)  # slopes and codes that are 0 at once
+    found = finish(gram, cross, torch.ones_like(codes))
+    torch.testing.assert_close(found, codes, rtol=0, atol=1e-12)
+    assert float(found.min()) == 0
 
 
 def test_masked_systems_are_those_of_each_row(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -198,7 +198,7 @@ class NMF(nn.Module):
     def _hold(self, sums: Sums) -> None:
         for buffer, new in zip((self.held_gram, self.held_cross, self.held_worst), sums, strict=True):
             buffer.copy_(new)
-        self.held.copy_(self.initialised)
+        self.held.fill_(True)
 
     def _is_initialised(self) -> bool:
         """The buffer's value; it is asked for again only where someone may have written to it."""

@@ -13,6 +13,11 @@ Sources: Beck, Teboulle, SIAM J. Imaging Sci. 2(1), 2009 (FISTA); O'Donoghue, Ca
 restart, here for each row by itself); Cichocki, Zdunek, Amari, ICA 2007 (HALS); Huang, Sidiropoulos, Liavas,
 arXiv:1506.04209 (AO-ADMM; one Cholesky factor serves all rows).
 
+Measured on one CPU core, 128 or 10,000 rows, r from 8 to 64, condition of G up to 2e4: with the exact finish the
+residual ends at 1e-14 or below, AO-ADMM takes 0.5 to 1 times as long as FISTA, and HALS up to 5 times as long. Without
+it, a residual of 1e-10 takes FISTA 1.7 to 3.3 times as long where the condition is below 300; beyond 6000 none of the
+three arrives reliably within 2000 iterations.
+
 The residual is the `departure` of the worst row: 0 exactly at the optimality (KKT) conditions, in parts of the row's
 largest code. It costs one product with G, and only every `CHECK_EVERY` iterations, because asking stops a device.
 """
@@ -113,7 +118,8 @@ def composite_nnls(
 
     method: "fista" takes a step of the whole gradient; "proximal" takes one of J alone and solves the rest exactly (an
     NNLS with weight G + lipschitz I), so that its number of steps falls as weight grows and does not depend on the
-    largest eigenvalue of G. Raises BadInput where shapes do not fit."""
+    largest eigenvalue of G. Measured at r = 16 and 32 with ||W||_2^2 / 2 of 20 to 40: level with "fista" near a weight
+    of 100 (r = 16), 1.5 to 13 times faster at 1e4, slower below 100. Raises BadInput where shapes do not fit."""
     if method not in get_args(Composite):
         raise BadInput(f"the method must be one of {', '.join(get_args(Composite))}, got {method!r}")
     if not weight > 0:

@@ -37,9 +37,9 @@ def _steps(x: Tensor) -> Tensor:
 
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {
-    "sign": lambda: Sign(),
+    "sign": lambda: Sign(dither=0),
     "non-negative": NonNegative,
-    "quantiser": lambda: Quantiser(5),
+    "quantiser": lambda: Quantiser(5, dither=False),
     "vector quantiser": lambda: VectorQuantiser(CODEBOOK),
     "top-1": lambda: TopK(1),
     "top-2 by magnitude": lambda: TopK(2, by="magnitude"),
@@ -308,6 +308,7 @@ REFUSALS: dict[str, tuple[Callable[[], object], str]] = {
     "a margin of half a step": (lambda: Quantiser(3, margin=0.5), "below 0.5, got 0.5"),
     "no margin in a cell": (lambda: VectorQuantiser(CODEBOOK, margin=0.0), "above 0"),
     "no margin": (lambda: Sign(0.0), "margin must be a positive number, got 0.0"),
+    "a dither below 0": (lambda: Sign(dither=-1.0), "dither must be a positive number, got -1.0"),
     "a margin that is no number": (lambda: OneHot(float("nan")), "margin must be a positive number"),
     "no entries": (lambda: TopK(0), "at least one entry"),
     "an unknown order": (lambda: TopK(1, by="size"), "'value' or 'magnitude', got 'size'"),

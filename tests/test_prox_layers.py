@@ -62,11 +62,11 @@ def _row_program(v: np.ndarray, start: np.ndarray, normals: np.ndarray, least: n
 # -- one number at a time ----------------------------------------------------------------------------------------------
 
 ELEMENTS: dict[str, nn.Module] = {
-    "sign": Sign(SMALL),
+    "sign": Sign(SMALL, dither=0),
     "non-negative": NonNegative(),
-    "two levels": Quantiser(2, margin=SMALL),
-    "three levels": Quantiser(3, -0.5, 1.5, margin=SMALL),
-    "24 levels": Quantiser(24, -2, 2, margin=SMALL),
+    "two levels": Quantiser(2, margin=SMALL, dither=False),
+    "three levels": Quantiser(3, -0.5, 1.5, margin=SMALL, dither=False),
+    "24 levels": Quantiser(24, -2, 2, margin=SMALL, dither=False),
 }
 
 
@@ -91,12 +91,42 @@ def test_no_grid_point_is_cheaper_than_the_step_of_an_element(name: str, mode: s
 def test_a_sign_flips_where_the_page_says_so() -> None:
     v = torch.tensor([0.2, -0.2, 0.2, -0.2, 0.0], dtype=torch.float64)
     gradient = torch.tensor([1.0, -1.0, -1.0, 1.0, 1.0], dtype=torch.float64)
-    assert Sign(0.1).prox_input_linear(v, gradient, 1.0).tolist() == [-0.1, 0.1, 0.2, -0.2, -0.1]
+    assert Sign(0.1, dither=0).prox_input_linear(v, gradient, 1.0).tolist() == [-0.1, 0.1, 0.2, -0.2, -0.1]
     # 2 g = beta_in/2 (|v| + margin)^2 is the edge
     edge = (0.2 + 0.1) ** 2 / 4
     for factor, result in ((0.999, 0.2), (1.001, -0.1)):
         one = torch.tensor([0.2], dtype=torch.float64)
-        assert Sign(0.1).prox_input_linear(one, torch.full_like(one, factor * edge), 1.0).tolist() == [result]
+        assert Sign(0.1, dither=0).prox_input_linear(one, torch.full_like(one, factor * edge), 1.0).tolist() == [result]
+
+
+@pytest.mark.parametrize(
+    ("layer", "low", "high", "gain"), [(Sign(dither=0.7), -0.7, 0.7, 1 / 0.7), (Quantiser(4, -2, 1), -2, 1, 1)]
+)
+def test_with_dither_the_linear_step_is_that_of_the_mean_output(
+    layer: Sign | Quantiser, low: float, high: float, gain: float
+) -> None:
+    generator = torch.Generator().manual_seed(3)
+    v, gradient = 1.5 * torch.randn(2, 300, generator=generator, dtype=torch.float64)
+    beta = 0.8
+    a = layer.prox_input_linear(v, gradient, beta)
+    grid = torch.arange(-9, 9, 1e-3, dtype=torch.float64)[:, None]
+
+    def cost(a: Tensor) -> Tensor:
+        return beta / 2 * (a - v).square() + gradient * gain * a.clamp(low, high)
+
+    assert float((cost(a) - cost(grid).min(0).values).max()) < 1e-6
+    assert bool((a != v).any())
+
+
+@pytest.mark.parametrize(("layer", "spread", "gain"), [(Sign(dither=0.7), 0.7, 1 / 0.7), (Quantiser(4, -2, 1), 0.5, 1)])
+def test_the_dither_is_the_noise_under_which_that_is_the_mean(
+    layer: Sign | Quantiser, spread: float, gain: float
+) -> None:
+    low, high = (-0.7, 0.7) if isinstance(layer, Sign) else (-2, 1)
+    noise = (torch.arange(20001, dtype=torch.float64) / 10000 - 1) * spread
+    for z in (-2.3, -0.7, -0.31, 0.0, 0.2, 0.64, 1.4):
+        mean = layer(z + noise).mean()
+        assert abs(float(mean) - gain * min(max(z, low), high)) < 1e-3
 
 
 def test_the_non_negative_step_is_the_z_update_of_relu() -> None:
@@ -116,7 +146,7 @@ def test_a_number_that_the_quantiser_moves_lands_on_a_code_it_gains_from(
     generator = torch.Generator().manual_seed(2)
     v, b = (2 * _normal(generator, 2, 3000)).to(dtype)
     codes = torch.linspace(-1.3, 0.9, levels, dtype=dtype)
-    layer = Quantiser(levels, -1.3, 0.9)
+    layer = Quantiser(levels, -1.3, 0.9, dither=False)
     a = layer_prox.quantiser(v, codes, layer_prox.towards(b, 3.0), 0.5, margin)
     moved = a != v
     assert int(moved.sum()) > 300

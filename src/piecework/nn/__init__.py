@@ -2,6 +2,7 @@
 
 from .activations import HardSigmoid, Sign
 from .black_box import BlackBox
+from .nmf import NMF
 from .order import OneHot, Sort, TopK
 from .projections import NonNegative, Simplex
 from .prox_layer import LinearProxLayer, ProxLayer
@@ -10,6 +11,7 @@ from .residual import Residual
 from .standardise import Standardise
 
 __all__ = [
+    "NMF",
     "BlackBox",
     "HardSigmoid",
     "LinearProxLayer",

@@ -16,17 +16,21 @@ from .prox_layer import along, by_rows, part_of_step, towards
 class Quantiser(nn.Module):
     """Each number becomes the nearest of `levels` evenly spaced codes from `low` to `high`; of two, the upper.
 
-    margin: how far inside another cell its proximal step goes, as a part of the step between codes. There is no
-    derivative and none is pretended: the output has no graph. Any shape. Raises BadInput for fewer than 2 levels, for
-    low >= high and for a margin outside (0, 0.5)."""
+    margin: how far inside another cell its proximal step goes, as a part of the step between codes. dither: its
+    linearised proximal step is that of a quantiser with noise of one step on its input, whose mean is
+    clip(x, low, high). There is no derivative and none is pretended: the output has no graph, nor noise. Any shape.
+    Raises BadInput for fewer than 2 levels, for low >= high and for a margin outside (0, 0.5)."""
 
-    def __init__(self, levels: int, low: float = -1.0, high: float = 1.0, *, margin: float = 0.01) -> None:
+    def __init__(
+        self, levels: int, low: float = -1.0, high: float = 1.0, *, margin: float = 0.01, dither: bool = True
+    ) -> None:
         super().__init__()
         if levels < 2:
             raise BadInput(f"a quantiser needs at least 2 levels, got {levels}")
         if not (low < high and math.isfinite(high - low)):
             raise BadInput(f"the lowest code must be below the highest, got low={low!r} and high={high!r}")
         self.levels, self.low, self.high, self.margin = levels, low, high, part_of_step(margin)
+        self.dither = dither
 
     def codes(self, like: Tensor) -> Tensor:
         """(levels,) in the dtype and on the device of `like`."""
@@ -43,7 +47,10 @@ class Quantiser(nn.Module):
 
     def prox_input_linear(self, v: Tensor, gradient: Tensor, beta_in: float) -> Tensor:
         """Exact too."""
-        return layer_prox.quantiser(v.detach(), self.codes(v), along(v, gradient, beta_in), beta_in, self.margin)
+        price = along(v, gradient, beta_in)
+        if self.dither:
+            return layer_prox.clipped(v.detach(), price.slope, beta_in, self.low, self.high)
+        return layer_prox.quantiser(v.detach(), self.codes(v), price, beta_in, self.margin)
 
     def extra_repr(self) -> str:
         return f"levels={self.levels}, low={self.low:g}, high={self.high:g}"

@@ -87,6 +87,10 @@ class BlockADMM:
     dual_step: float = 0.0
     """Step length of the duals, a part of the residual, in [0, 1.618]; 0: a quadratic penalty without duals."""
 
+    prox: Literal["linear", "exact"] = "linear"
+    """What lies above a layer without a derivative: linearised, or as the square that it is; a layer that knows only
+    the latter takes that."""
+
     order: Literal["backward", "jacobi", "pipelined"] = "backward"
     """backward: from the last block down; jacobi: all blocks at once with the targets of before; pipelined: each block
     on another mini-batch."""
@@ -137,6 +141,7 @@ class BlockADMM:
             ("probe_every", self.probe_every >= 0, "at least 0"),
             ("mode", self.mode in ("online", "batch"), "online or batch"),
             ("dual_memory", self.dual_memory in ("none", "class", "sample"), "none, class or sample"),
+            ("prox", self.prox in ("linear", "exact"), "linear or exact"),
             ("order", self.order in ("backward", "jacobi", "pipelined"), "backward, jacobi or pipelined"),
         ):
             if not ok:

@@ -54,6 +54,7 @@ class BlocksAtWork:
             local_steps=recipe.local_steps,
             dual_step=recipe.dual_step,
             keep_graphs=not recipe.recompute,
+            linear=recipe.prox == "linear",
             objective=smoothed(loss, recipe.label_smoothing),
             num_blocks=len(parts),
             lowest=learning[0],

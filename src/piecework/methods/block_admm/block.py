@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ...nn.prox_layer import LinearProxLayer
 from ...training import CannotTrain, stream
 from ..noise import forked_generator, may_draw
 from .cuts import is_prox
@@ -110,9 +112,23 @@ class Block:
         for parameter in self.parameters:
             parameter.grad = None
 
-    def prox_input(self, v: Tensor, b: Tensor, beta_in: float | Tensor, beta_out: float | Tensor) -> Tensor:
-        """The proximal step of this block's one layer."""
-        layer = self.module[0]
+    def prox_input(
+        self,
+        v: Tensor,
+        given: Tensor,
+        reach: Tensor,
+        beta_in: float | Tensor,
+        beta_out: float | Tensor,
+        *,
+        linear: bool,
+    ) -> Tensor:
+        """The proximal step of this block's one layer, whose output `given` is to move by `reach`.
+
+        linear: with what lies above linearised there, where the layer knows that step."""
+        layer: Any = self.module[0]
         with torch.no_grad(), forked_generator(self._noise, self._device):
-            a: Tensor = layer.prox_input(v, b, beta_in, beta_out)  # type: ignore[operator]
+            if linear and isinstance(layer, LinearProxLayer):
+                a: Tensor = layer.prox_input_linear(v, reach * -beta_out, float(beta_in))
+            else:
+                a = layer.prox_input(v, given + reach, float(beta_in), float(beta_out))
         return a

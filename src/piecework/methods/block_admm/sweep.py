@@ -27,6 +27,7 @@ class Penalties:
     local_steps: int
     dual_step: float
     keep_graphs: bool
+    linear: bool
     objective: Loss
     num_blocks: int
     lowest: int
@@ -247,7 +248,8 @@ class Sweep:
             cut = self.cuts[block.number]
             v = cut.f if cut.u is None else cut.f + cut.u
             below = self._penalties.beta[block.number]
-            cut.put(block.prox_input(v, given + reach, below, beta) - cut.f)
+            a = block.prox_input(v, given, reach, below, beta, linear=self._penalties.linear)
+            cut.put(a - cut.f)
         if block.optimizer is not None:
             x = self._input(block)
             for _ in range(self._penalties.local_steps):

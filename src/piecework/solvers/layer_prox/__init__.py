@@ -14,7 +14,7 @@ says how far beyond the jump to go, and the answer is the best with that margin,
 
 from .candidates import black_box
 from .codewords import nearest, vector_quantiser
-from .elements import nonnegative, quantiser, sign
+from .elements import clipped, nonnegative, quantiser, sign
 from .isotonic import isotonic, sort
 from .price import Price, along, towards
 from .simplex import project, simplex
@@ -24,6 +24,7 @@ __all__ = [
     "Price",
     "along",
     "black_box",
+    "clipped",
     "isotonic",
     "keep_largest",
     "nearest",

@@ -55,6 +55,16 @@ def quantiser(v: Tensor, codes: Tensor, price: Price, beta_in: float, margin: fl
     return a
 
 
+def clipped(v: Tensor, slope: Tensor, beta_in: float, low: float, high: float) -> Tensor:
+    """argmin over a of beta_in/2 (a - v)^2 + slope clip(a, low, high), element by element: exact.
+
+    A layer that rounds its input plus even noise gives, on average, the input within its range: this is the proximal
+    step of that average, a gradient step that ends at the range and that may also jump into it."""
+    inside = (v - slope / beta_in).clamp(low, high)
+    gain = slope * (v.clamp(low, high) - inside)
+    return torch.where(gain > beta_in / 2 * (inside - v).square(), inside, v)
+
+
 def midpoints(codes: Tensor) -> Tensor:
     """(levels - 1,) where one code ends and the next begins."""
     return (codes[:-1] + codes[1:]) / 2

@@ -14,7 +14,7 @@ from torch import nn
 from piecework import losses
 from piecework.group import Group, Solo
 from piecework.losses import Loss
-from piecework.methods import ADMM, CG, LBFGS, METHODS, SGD, Adam, BlockADMM, GaussNewton
+from piecework.methods import ADMM, CG, LBFGS, METHODS, SGD, Adam, BlockADMM, DeepFacto, GaussNewton
 from piecework.methods.gauss_newton.choice import SOLVERS
 from piecework.models import mlp
 from piecework.testing.check import LAWS, Case, check_training, classes
@@ -38,6 +38,10 @@ CASES: dict[str, tuple[Callable[[], Method], int]] = {
     "block-admm-classes": (partial(BlockADMM, at=(1, 2), lr=0.03, dual_memory="class", dual_step=1.0), 12),
     "block-admm-jacobi": (partial(BlockADMM, at=(1, 2), lr=0.03, order="jacobi", sweeps=3), 12),
     "block-admm-pipelined": (partial(BlockADMM, at=(1, 2), lr=0.03, order="pipelined"), 16),
+    "deepfacto": (partial(DeepFacto, lr=0.03), 12),
+    "deepfacto-envelope": (partial(DeepFacto, through="envelope", lr=0.03), 12),
+    "deepfacto-contrast": (partial(DeepFacto, through="contrast", lr=0.03), 12),
+    "deepfacto-implicit": (partial(DeepFacto, through="implicit", lr=0.03), 12),
     "sgd": (SGD, 12),
     "adam": (partial(Adam, lr=0.03), 12),
     "lbfgs": (LBFGS, 6),
@@ -49,6 +53,8 @@ CASES: dict[str, tuple[Callable[[], Method], int]] = {
 def _case(name: str) -> Case:
     recipe, steps = CASES[name]
     model = partial(mlp, 5, [7], 3, activation="tanh", seed=1, dtype=torch.float64)
+    if name.startswith("deepfacto"):
+        model = partial(mlp, 5, [7], 3, activation="relu", factors=4, seed=1, dtype=torch.float64)
     return Case(method=recipe(), model=model, loss=losses.named("softmax"), data=classes(), steps=steps)
 
 

@@ -12,7 +12,7 @@ from .fit import fit
 from .group import Group, Ranks, Solo
 from .history import History
 from .losses import Hinge, Logistic, Loss, Softmax, Squared
-from .methods import ADMM, CG, LBFGS, SGD, Adam, BlockADMM, GaussNewton
+from .methods import ADMM, CG, LBFGS, SGD, Adam, BlockADMM, DeepFacto, GaussNewton
 from .split import split
 from .training import BadInput, Batch, CannotTrain, DidNotSolve, Method, Metrics, PeerLost, Training
 
@@ -31,6 +31,7 @@ __all__ = [
     "BlockADMM",
     "CannotTrain",
     "Classifier",
+    "DeepFacto",
     "DidNotSolve",
     "GaussNewton",
     "Group",

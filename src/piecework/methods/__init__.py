@@ -6,6 +6,7 @@ from ..training import Method
 from .admm import ADMM
 from .block_admm import BlockADMM
 from .cg import CG
+from .deepfacto import DeepFacto
 from .first_order import SGD, Adam
 from .gauss_newton import GaussNewton
 from .lbfgs import LBFGS
@@ -14,6 +15,7 @@ METHODS: dict[str, type[Method]] = {
     "admm": ADMM,
     "gauss-newton": GaussNewton,
     "block-admm": BlockADMM,
+    "deepfacto": DeepFacto,
     "sgd": SGD,
     "adam": Adam,
     "lbfgs": LBFGS,
@@ -21,4 +23,4 @@ METHODS: dict[str, type[Method]] = {
 }
 """Recipe classes by their kebab-case names."""
 
-__all__ = ["ADMM", "CG", "LBFGS", "METHODS", "SGD", "Adam", "BlockADMM", "GaussNewton"]
+__all__ = ["ADMM", "CG", "LBFGS", "METHODS", "SGD", "Adam", "BlockADMM", "DeepFacto", "GaussNewton"]

@@ -117,16 +117,16 @@ class NMF(nn.Module):
         moving = self.training and self.track and not _inside_backward()
         if moving:
             self.update_dictionary()
-            if not self._is_initialised():
+            if not self.is_initialised():
                 self.initialise(rows)
         codes: Tensor = _Codes.apply(rows, self.dictionary.clone(), self.ridge)  # type: ignore[no-untyped-call]
         if moving and len(rows):
             self._hold(self.sums(rows, codes))
-        return _as_images(codes if bad is None else codes.masked_fill(bad[:, None], torch.nan), a)
+        return as_images(codes if bad is None else codes.masked_fill(bad[:, None], torch.nan), a)
 
     def reconstruct(self, codes: Tensor) -> Tensor:
         """S M^T: codes (n, rank) or (n, rank, h, w) as features (n, features) or (n, features, h, w)."""
-        return _as_images(_as_rows(codes) @ self.dictionary.T, codes)
+        return as_images(as_rows(codes) @ self.dictionary.T, codes)
 
     @torch.no_grad()
     def relative_error(self, a: Tensor) -> Tensor:
@@ -160,7 +160,7 @@ class NMF(nn.Module):
     @torch.no_grad()
     def sums(self, a: Tensor, codes: Tensor) -> Sums:
         """What a batch and its codes add to the statistics. a: rows or images, of any sign; codes: of the same form."""
-        a, codes = _as_rows(a.detach()), _as_rows(codes.detach())
+        a, codes = as_rows(a.detach()), as_rows(codes.detach())
         missing = (a - codes @ self.dictionary.T).clamp_min(0)
         return Sums(codes.T @ codes, a.T @ codes, missing[missing.square().sum(1).argmax()])
 
@@ -200,8 +200,8 @@ class NMF(nn.Module):
             buffer.copy_(new)
         self.held.fill_(True)
 
-    def _is_initialised(self) -> bool:
-        """The buffer's value; it is asked for again only where someone may have written to it."""
+    def is_initialised(self) -> bool:
+        """Whether the dictionary has seen a batch; a device is asked again only where someone may have written here."""
         here = (id(self.initialised), self.initialised._version)
         if self._known != here:
             self._known = here if bool(self.initialised) else None
@@ -214,7 +214,7 @@ class NMF(nn.Module):
                 f"nmf takes (n, {self.features}) or (n, {self.features}, h, w), got {tuple(a.shape)}; "
                 "make the layer for as many features as the layer before it gives"
             )
-        rows = _as_rows(a).to(self.dictionary.dtype)
+        rows = as_rows(a).to(self.dictionary.dtype)
         if rows.device.type != "cpu":
             bad = ~((rows >= 0) & rows.isfinite()).all(1)
             return rows.masked_fill(bad[:, None], 0), bad
@@ -264,11 +264,12 @@ def _with_one_revived(dictionary: Tensor, gram: Tensor, cross: Tensor, worst: Te
     return torch.where(place, column, dictionary), gram, cross
 
 
-def _as_rows(a: Tensor) -> Tensor:
+def as_rows(a: Tensor) -> Tensor:
+    """(n, k) as it is, (n, k, h, w) as (n h w, k)."""
     return a if a.dim() == 2 else a.movedim(1, -1).reshape(-1, a.shape[1])
 
 
-def _as_images(rows: Tensor, like: Tensor) -> Tensor:
+def as_images(rows: Tensor, like: Tensor) -> Tensor:
     """Rows (n h w, k) in the form of `like`: itself, or (n, k, h, w)."""
     if like.dim() == 2:
         return rows

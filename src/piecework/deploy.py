@@ -72,8 +72,9 @@ def _scaled(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
 def rebuild(recipe: Mapping[str, Any], path: Path, *, limit: int) -> nn.Module:
     """The network that a recipe describes, with start weights: scaling, then an `mlp`.
 
-    recipe["model"] is {"kind": "mlp", "num_features", "hidden", "num_outputs", "activation", "dtype"}. A network of
-    more than `limit` numbers is refused before it is made. Raises BadInput naming the file."""
+    recipe["model"] is {"kind": "mlp", "num_features", "hidden", "num_outputs", "activation", "dtype"}, and
+    "factors" where there is an NMF layer. A network of more than `limit` numbers is refused before it is made. Raises
+    BadInput naming the file."""
     spec = recipe.get("model")
     if not isinstance(spec, dict) or spec.get("kind") != "mlp":
         named = spec.get("builder") if isinstance(spec, dict) else None
@@ -90,9 +91,13 @@ def rebuild(recipe: Mapping[str, Any], path: Path, *, limit: int) -> nn.Module:
         raise BadInput(f"{path} does not say the widths of the network")
     if not isinstance(activation, str) or not isinstance(dtype, str) or dtype not in _DTYPES:
         raise BadInput(f"{path} does not say the network's activation and dtype ({', '.join(_DTYPES)})")
-    if sum((fan_in + 1) * fan_out for fan_in, fan_out in pairwise(widths)) > limit:
+    factors = spec.get("factors")
+    if factors is not None and not (formats.whole(factors) and 0 < factors <= (hidden or [0])[-1]):
+        raise BadInput(f"{path} does not say the rank of the network's NMF layer")
+    layers = widths if factors is None else [*widths[:-1], factors, widths[-1]]
+    if sum((fan_in + 1) * fan_out for fan_in, fan_out in pairwise(layers)) > limit:
         raise BadInput(f"{path} describes a larger network than {MODEL} holds")
     kind = _DTYPES[dtype]
     scaling = Standardise(torch.zeros(widths[0], dtype=kind), torch.ones(widths[0], dtype=kind))
-    network = mlp(widths[0], hidden, widths[-1], activation=activation, dtype=kind)
+    network = mlp(widths[0], hidden, widths[-1], activation=activation, factors=factors, dtype=kind)
     return nn.Sequential(OrderedDict(scaling=scaling, network=network))

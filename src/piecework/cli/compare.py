@@ -121,12 +121,13 @@ class _Comparison:
         return 3 if failed else 0
 
     def _plan(self, entry: Entry, seed: int) -> Plan:
+        from .network import for_method
         from .plan import Plan, seeded
 
         return Plan(
             source=self.source,
             data=self.data,
-            network=self.network,
+            network=for_method(self.network, entry.method),
             training=dataclasses.replace(self.training, seed=seed),
             name=entry.name,
             method=seeded(entry.method, seed, given="--seed" in entry.given),

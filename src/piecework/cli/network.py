@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import os
 import sys
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from ..data import Dataset
 from ..models import mlp
 from ..nn import Standardise
-from ..training import BadInput
+from ..training import BadInput, Method
 from .options import NetworkOptions
 from .parse import near
 
@@ -28,7 +29,17 @@ def description(options: NetworkOptions, data: Dataset) -> dict[str, Any]:
     shape = {"num_features": data.num_features, "num_outputs": data.num_outputs, "dtype": options.dtype}
     if options.model is not None:
         return {"kind": "function", "builder": options.model, **shape}
-    return {"kind": "mlp", "hidden": list(options.hidden), "activation": options.activation, **shape}
+    layers = {"hidden": list(options.hidden), "activation": options.activation}
+    factors = {} if options.factors is None else {"factors": options.factors}
+    return {"kind": "mlp", **layers, **factors, **shape}
+
+
+def for_method(options: NetworkOptions, method: Method) -> NetworkOptions:
+    """The network with an NMF layer of the method's choice, where it needs one and the user did not say."""
+    rank: int | None = getattr(type(method), "auto_factors", None)
+    if rank is None or options.factors is not None or options.model is not None or not options.hidden:
+        return options
+    return dataclasses.replace(options, factors=min(rank, options.hidden[-1]))
 
 
 def build(options: NetworkOptions, data: Dataset, seed: int) -> nn.Sequential:
@@ -58,7 +69,13 @@ def _layers(options: NetworkOptions, data: Dataset, seed: int) -> nn.Module:
         )
     dtype = DTYPES[options.dtype]
     return mlp(
-        data.num_features, options.hidden, data.num_outputs, activation=options.activation, seed=seed, dtype=dtype
+        data.num_features,
+        options.hidden,
+        data.num_outputs,
+        activation=options.activation,
+        factors=options.factors,
+        seed=seed,
+        dtype=dtype,
     )
 
 
@@ -118,7 +135,8 @@ def shape(options: NetworkOptions, data: Dataset) -> str:
     """The network in one word: 28-300-1, or the name of the user's function."""
     if options.model is not None:
         return options.model
-    return "-".join(map(str, (data.num_features, *options.hidden, data.num_outputs)))
+    factors = () if options.factors is None else (f"nmf{options.factors}",)
+    return "-".join(map(str, (data.num_features, *options.hidden, *factors, data.num_outputs)))
 
 
 def _said(error: BaseException) -> str:

@@ -45,6 +45,9 @@ class NetworkOptions:
     activation: Annotated[Activation, arg(metavar="NAME")] = "relu"
     """relu, leaky-relu, hard-sigmoid, tanh, sigmoid, sign or identity."""
 
+    factors: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: none, or the method's own)")] = None
+    """Rank of an NMF layer between the last hidden layer and the output, which then sees non-negative factors alone."""
+
     model: Annotated[str | None, arg(metavar="MODULE:FUNCTION", **_NONE)] = None
     """A network of your own in place of --hidden: function(num_features, num_outputs) -> nn.Module, importable."""
 
@@ -151,6 +154,9 @@ class ResumeOptions:
     seconds: Annotated[float | None, arg(metavar="S", **_NONE)] = None
     """Go on to so many training seconds in all."""
 
+    factors: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: none, or the method's own)")] = None
+    """Rank of an NMF layer between the last hidden layer and the output, which then sees non-negative factors alone."""
+
     model: Annotated[str | None, arg(metavar="MODULE:FUNCTION", **_NONE)] = None
     """The network's function again, for a run that was started with --model: what a folder names is never imported."""
 
@@ -167,6 +173,9 @@ class PredictOptions:
 
     overwrite: bool = False
     """Replace a file that exists."""
+
+    factors: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: none, or the method's own)")] = None
+    """Rank of an NMF layer between the last hidden layer and the output, which then sees non-negative factors alone."""
 
     model: Annotated[str | None, arg(metavar="MODULE:FUNCTION", **_NONE)] = None
     """The network's function again, for a run that was started with --model: what a folder names is never imported."""

@@ -133,6 +133,7 @@ class Plan:
             ),
             network=NetworkOptions(
                 hidden=hidden,
+                factors=None if own is not None else model.optional("factors", int),
                 activation="relu" if own is not None else model.one_of("activation", tuple(ACTIVATIONS)),
                 model=own,
                 loss=record.one_of("loss", ("squared", "hinge", "softmax", "logistic")),

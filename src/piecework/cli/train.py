@@ -28,6 +28,7 @@ def plan_of(argv: Sequence[str]) -> tuple[Plan, RunOptions]:
     """The plan that the words behind `fit` make. Raises BadInput, and SystemExit(0) after a help."""
     from ..methods import METHODS
     from ..training import BadInput
+    from .network import for_method
     from .plan import Plan, seeded
 
     own = options(RunOptions)
@@ -53,7 +54,7 @@ def plan_of(argv: Sequence[str]) -> tuple[Plan, RunOptions]:
     plan = Plan(
         source=words.standing[0] if words.standing else DEFAULT_DATA,
         data=chosen.data,
-        network=chosen.network,
+        network=for_method(chosen.network, method),
         training=chosen.training,
         name=words.name,
         method=seeded(method, chosen.training.seed, given=given),

@@ -37,11 +37,11 @@ from torch import Tensor, nn
 from ..evaluation import device_of
 from ..group import Group, Ranks, current
 from ..losses import Loss, smoothed
-from ..training import BadInput, Batch, Metrics, stream
+from ..training import BadInput, Batch, CannotTrain, Metrics, stream
 from .data_parallel import DataParallel
 from .noise import forked_generator, may_draw
 from .optimizer_state import entries_of, put_entries
-from .parameters import no_gradient, share_from_rank_0, start_from_rank_0, trainable
+from .parameters import dictionaries, no_gradient, share_from_rank_0, start_from_rank_0, trainable
 from .schedule import Schedule, check_schedule, rate
 
 
@@ -172,6 +172,11 @@ class _Training:
         self._draws = may_draw(model)
         self._step = 0
         self._looked = False
+        if group.size > 1 and (moving := dictionaries(model)):
+            raise CannotTrain(
+                f"the dictionary of NMF layer {moving[0]} follows the rows it sees, and each of {group.size} ranks "
+                "sees others; train with deepfacto, which adds them up, or on one rank"
+            )
         start_from_rank_0(model, group)
         self._buffers = [(buffer, buffer._version) for buffer in model.buffers()]
         self._parallel = DataParallel(model, group) if isinstance(group, Ranks) and group.size > 1 else None

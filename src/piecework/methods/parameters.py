@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..group import Group
 from ..layers import layers
-from ..nn import Sign
+from ..nn import NMF, Sign
 from ..training import CannotTrain
 
 _RANDOM = (
@@ -83,6 +83,11 @@ def coupled_layers(model: nn.Module) -> list[str]:
     return [name or type(module).__name__ for name, module in model.named_modules() if isinstance(module, _COUPLED)]
 
 
+def dictionaries(model: nn.Module) -> list[str]:
+    """Names of the NMF layers, whose dictionary follows the batches that pass in training mode."""
+    return [name or "NMF" for name, module in model.named_modules() if isinstance(module, NMF)]
+
+
 def refuse_noise_and_coupling(model: nn.Module, method: str) -> None:
     """Raise CannotTrain unless the loss is a function of the weights that is summed row by row, as far as torch's
     layers tell."""
@@ -95,6 +100,11 @@ def refuse_noise_and_coupling(model: nn.Module, method: str) -> None:
         raise CannotTrain(
             f"{method} takes each row of a batch by itself, and layer {coupled[0]} normalises over the batch; "
             "use LayerNorm in its place, or train with adam or sgd"
+        )
+    if moving := dictionaries(model):
+        raise CannotTrain(
+            f"{method} compares the loss at different weights, and the dictionary of layer {moving[0]} moves with "
+            "every pass; train with deepfacto, adam or sgd"
         )
 
 

@@ -89,7 +89,7 @@ class NMF(nn.Module):
         rank: int,
         *,
         ridge: float = 1e-3,
-        forget: float = 0.98,
+        forget: float = 0.95,
         seed: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -99,7 +99,7 @@ class NMF(nn.Module):
         if not 0 < ridge < float("inf"):
             raise BadInput(f"nmf: the ridge must be above 0, got {ridge}; 1e-3 is weak and enough")
         if not 0 <= forget <= 1:
-            raise BadInput(f"nmf: forget must be in [0, 1], got {forget}; 0.98 remembers about fifty batches")
+            raise BadInput(f"nmf: forget must be in [0, 1], got {forget}; 0.95 remembers about twenty batches")
         self.features, self.rank, self.ridge, self.forget, self.seed = features, rank, ridge, forget, seed
         self.track = True
         kind = torch.get_default_dtype() if dtype is None else dtype

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ...nn import NMF
 from ...nn.prox_layer import LinearProxLayer
 from ...training import CannotTrain, stream
 from ..noise import forked_generator, may_draw
@@ -90,17 +91,26 @@ class Block:
     def __call__(self, x: Tensor) -> Tensor:
         """The block's output, with a graph where gradients are recorded."""
         with forked_generator(self._noise, self._device):
-            if self._buffers and self._moved:
-                kept = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
-                out = functional_call(self.module, kept, (x,))
-            else:
-                out = self.module(x)
+            out = self._again(x) if self._buffers and self._moved else self.module(x)
         self._moved = True
         if not isinstance(out, Tensor):
             raise CannotTrain(
                 f"block {self.number} (its last layer is {type(self.module[-1]).__name__}) gives a "
                 f"{type(out).__name__}, and block-admm joins blocks by one tensor; cut elsewhere (at=)"
             )
+        return out
+
+    def _again(self, x: Tensor) -> Tensor:
+        """The output once more: on copies of the statistics, and with dictionaries that stay."""
+        kept = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
+        tracked = [one for one in self.module.modules() if isinstance(one, NMF) and one.track]
+        for layer in tracked:
+            layer.track = False
+        try:
+            out: Tensor = functional_call(self.module, kept, (x,))
+        finally:
+            for layer in tracked:
+                layer.track = True
         return out
 
     def step(self, gradients: Iterable[Tensor]) -> None:

@@ -52,10 +52,10 @@ class DeepFacto:
     features, relative; `zeros`, the share of codes that are 0; `free_score`, `informed_score`, `code_gap`: the
     accuracy on the batch with label-free codes, with codes that have seen the label, and their difference."""
 
-    through: Literal["block-admm", "envelope", "contrast", "implicit"] = "block-admm"
+    through: Literal["block-admm", "envelope", "contrast", "implicit"] = "contrast"
     """How the encoder learns through the layer."""
 
-    coupling: float = 10.0
+    coupling: float = 30.0
     """lambda: weight of half the squared reconstruction error beside the loss, where codes see the label."""
 
     reconstruction: float = 1.0
@@ -85,7 +85,7 @@ class DeepFacto:
     optimizer: Factory | None = None
     """Makes the optimisers of encoder, head and decoder from their parameters. None: Adam with what follows."""
 
-    lr: float = 1e-3
+    lr: float = 3e-3
     """Learning rate of Adam; the highest of the schedule."""
 
     schedule: Schedule = "constant"

@@ -409,5 +409,7 @@ def test_a_foreign_state_is_refused() -> None:
 def test_every_name_on_the_command_line_is_a_recipe_that_binds() -> None:
     assert {"sgd", "adam", "lbfgs", "cg"} <= set(METHODS)
     for recipe in METHODS.values():
-        training = recipe().bind(_network(), Softmax(), group=Solo())
+        factors = getattr(recipe, "auto_factors", None)
+        network = _network() if factors is None else mlp(5, [24], 3, factors=factors)
+        training = recipe().bind(network, Softmax(), group=Solo())
         assert training.batches in ("mini", "full")

@@ -1,6 +1,7 @@
 """Train neural networks in pieces: methods that split the training problem somewhere else than one global gradient.
 
-The names here are the table of contents. `Classifier` and `Regressor` need scikit-learn and are loaded when first used.
+The names here are the table of contents. `Classifier`, `Regressor` and `FactorClassifier` need scikit-learn and are
+loaded when first used.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from .training import BadInput, Batch, CannotTrain, DidNotSolve, Method, Metrics
 
 if TYPE_CHECKING:
     from .estimators import Classifier, Regressor
+    from .factor_classifier import FactorClassifier
 
 __version__ = "0.1.0"
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "Classifier",
     "DeepFacto",
     "DidNotSolve",
+    "FactorClassifier",
     "GaussNewton",
     "Group",
     "Hinge",
@@ -56,6 +59,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "FactorClassifier":
+        from .factor_classifier import FactorClassifier
+
+        return FactorClassifier
     if name in ("Classifier", "Regressor"):
         from . import estimators
 

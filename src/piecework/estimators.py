@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -40,7 +40,10 @@ _VALIDATION = int.from_bytes(b"held", "big")
 
 
 class _Estimator(BaseEstimator):  # type: ignore[misc]
-    """What the two have in common: the parameters, and the way from two arrays to a deployed network."""
+    """What they have in common: the parameters, and the way from two arrays to a deployed network."""
+
+    _default: ClassVar[type[Method]] = ADMM
+    """The method that None stands for."""
 
     def __init__(
         self,
@@ -109,11 +112,11 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]
         super().set_params(**plain)
         return self
 
-    @staticmethod
-    def _recipe(name: str, value: Any) -> Any | None:
+    @classmethod
+    def _recipe(cls, name: str, value: Any) -> Any | None:
         """The dataclass that a parameter stands for, if it does."""
         if name == "method" and value is None:
-            return ADMM()
+            return cls._default()
         return value if is_recipe(value) else None
 
     # -- fitting -----------------------------------------------------------------------------------------------------
@@ -124,7 +127,7 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]
         data = self._dataset(x, y, task, classes, dtype, seed)
         loss.check(task, data.num_outputs)
         widths = [data.num_features, *self._hidden(), data.num_outputs]
-        network = mlp(widths[0], widths[1:-1], widths[-1], activation=self.activation, seed=seed, dtype=dtype)
+        network = self._network(widths, seed, dtype)
         model = nn.Sequential(OrderedDict(scaling=Standardise(data.mean, data.scale), network=network))
         group = Solo()  # not the running torch process group: only some of its processes may be here
         training = method.bind(model, loss, group=group)
@@ -138,6 +141,9 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]
         self.model_, self.history_, self.loss_ = training.model.eval(), history, loss
         self.n_iter_ = int(history.rows[-1]["step"])
         return data
+
+    def _network(self, widths: Sequence[int], seed: int, dtype: torch.dtype) -> nn.Sequential:
+        return mlp(widths[0], widths[1:-1], widths[-1], activation=self.activation, seed=seed, dtype=dtype)
 
     def _dataset(
         self, x: Array, y: Array, task: Task, classes: Sequence[str], dtype: torch.dtype, seed: int
@@ -183,7 +189,7 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]
 
     def _method(self) -> Method:
         if self.method is None:
-            return ADMM()
+            return self._default()
         if isinstance(self.method, type) or not hasattr(self.method, "bind"):
             raise BadInput(f"method takes a recipe such as ADMM() or Adam(lr=1e-3), got {self.method!r}")
         return self.method
@@ -226,18 +232,22 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]
         """(n, k) float64 outputs of the network for raw features.
 
         They are worked out in float64 whatever the weights are, so that a row has the same outputs in any company."""
+        z = self._applied(X, lambda model: model)
+        if not bool(z.isfinite().all()):
+            raise BadInput("the network's outputs are not finite for some of these rows; their features are extreme")
+        return z
+
+    def _applied(self, X: Any, part: Callable[[nn.Module], nn.Module]) -> Tensor:
+        """(n, ...) what a part of the network, which starts at its beginning, gives for raw features; in float64."""
         check_is_fitted(self)
         x = validate_data(self, X, dtype=_ACCEPTED, reset=False)
-        model = copy.deepcopy(self.model_).double()
+        model = part(copy.deepcopy(self.model_).double())
         device, found = device_of(model), []
         with deployed(model):
             for start in range(0, len(x), TILE):
                 rows = _features(x[start : start + TILE], torch.float64)
                 found.append(model(rows.to(device)).cpu())
-        z = torch.cat(found)
-        if not bool(z.isfinite().all()):
-            raise BadInput("the network's outputs are not finite for some of these rows; their features are extreme")
-        return z
+        return torch.cat(found)
 
 
 class Classifier(ClassifierMixin, _Estimator):  # type: ignore[misc]

@@ -2,7 +2,7 @@
 
 Every row is tuned alike, on a validation part of the training rows: the learning rate, then the smoothing of labels,
 each trial with a third of the seconds, from a start of its own (seed 100). A run takes as many steps as fit into the
-seconds (measured on its first steps) with a cosine schedule over them. Its score is that of the evaluation with the
+seconds, by the pace of the run before it, with a cosine schedule over them. Its score is that of the evaluation with the
 best validation score; test rows choose nothing. `cosine` is the median, over looks at a mini-batch, of the cosine
 between what the optimisers were given in a step and the gradient of the loss: at 1 the row is backpropagation under
 another name. `fall` is the most that the test accuracy fell below the best before, in the second half of a run.
@@ -77,6 +77,10 @@ class Run:
         return best["test"]["score"] if best else 0.0
 
     @property
+    def seconds(self) -> float:
+        return float(self.history.rows[-1]["seconds"])
+
+    @property
     def cosine(self) -> float | None:
         found = [row["cosine"] for row in self.history.rows if row.get("cosine") is not None]
         return statistics.median(found) if found else None
@@ -121,13 +125,26 @@ def run(make: Make, set_: data.Dataset, race: Race, seed: int, seconds: float, p
     return Run(history, steps)
 
 
-def tuned(make: Make, set_: data.Dataset, race: Race, pace: float) -> dict[str, float]:
+class Pace:
+    """Seconds a step, kept up to date: other work on the machine changes it."""
+
+    def __init__(self, make: Make, set_: data.Dataset, race: Race) -> None:
+        self._make, self._set, self._race = make, set_, race
+        self._seconds = seconds_a_step(make, set_, race, losses.auto(set_.task))
+
+    def run(self, seed: int, seconds: float, **more: Any) -> Run:
+        found = run(self._make, self._set, self._race, seed, seconds, self._seconds, **more)
+        self._seconds = found.seconds / found.steps
+        return found
+
+
+def tuned(pace: Pace, race: Race) -> dict[str, float]:
     """The learning rate and the smoothing with the best validation score."""
     scores: dict[tuple[float, float], float] = {}
 
     def score(lr: float, smoothing: float) -> float:
         if (lr, smoothing) not in scores:
-            found = run(make, set_, race, 100, race.seconds / 3, pace, lr=lr, label_smoothing=smoothing)
+            found = pace.run(100, race.seconds / 3, lr=lr, label_smoothing=smoothing)
             scores[lr, smoothing] = found.validation
             print(f"    lr {lr:g}, smoothing {smoothing:g}: validation {found.validation:.4f}", flush=True)
         return scores[lr, smoothing]
@@ -152,13 +169,13 @@ def main() -> None:
     kept: dict[str, float] = {}
     for name in SHORT if arguments.short else ENTRIES:
         make = ENTRIES[name]
-        pace = seconds_a_step(make, set_, race, losses.auto(set_.task))
-        print(f"  {name}: {1e3 * pace:.2f} ms a step", flush=True)
+        print(f"  {name}", flush=True)
+        pace = Pace(make, set_, race)
         if make is not BlockADMM:  # the twin of Adam takes Adam's settings
-            kept = tuned(make, set_, race, pace)
-        runs = [run(make, set_, race, seed, race.seconds, pace, **kept) for seed in range(arguments.seeds)]
+            kept = tuned(pace, race)
+        runs = [pace.run(seed, race.seconds, **kept) for seed in range(arguments.seeds)]
         for one in runs:
-            print(f"    test {one.test:.4f} in {one.history.rows[-1]['seconds']:.1f} s", flush=True)
+            print(f"    test {one.test:.4f} in {one.seconds:.1f} s", flush=True)
         cosines = [one.cosine for one in runs if one.cosine is not None]
         rows.append(
             [
@@ -170,8 +187,8 @@ def main() -> None:
                 report.spread([one.history.rows[-1]["train"]["loss"] for one in runs]),
                 round(statistics.median(cosines), 4) if cosines else None,
                 report.spread([one.fall for one in runs]),
-                runs[0].steps,
-                report.median([one.history.rows[-1]["seconds"] for one in runs]),
+                report.median([one.steps for one in runs]),
+                report.median([one.seconds for one in runs]),
             ]
         )
     shape = "-".join(map(str, [set_.num_features, *race.hidden, set_.num_outputs]))

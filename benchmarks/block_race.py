@@ -2,8 +2,8 @@
 
 Every row is tuned alike, on a validation part of the training rows: the learning rate, then the smoothing of labels,
 each trial with a third of the seconds, from a start of its own (seed 100). A run takes as many steps as fit into the
-seconds, by the pace of the run before it, with a cosine schedule over them. Its score is that of the evaluation with the
-best validation score; test rows choose nothing. `cosine` is the median, over looks at a mini-batch, of the cosine
+seconds, by the pace of the run before it, with a cosine schedule over them. Its score is that of the evaluation with
+the best validation score; test rows choose nothing. `cosine` is the median, over looks at a mini-batch, of the cosine
 between what the optimisers were given in a step and the gradient of the loss: at 1 the row is backpropagation under
 another name. `fall` is the most that the test accuracy fell below the best before, in the second half of a run.
 """

@@ -17,7 +17,7 @@ from piecework import Adam, Batch, BlockADMM, losses
 from piecework.group import Group, Solo
 from piecework.methods.block_admm.at_work import BlocksAtWork
 from piecework.models import mlp
-from piecework.testing import threads
+from piecework.testing import processes, threads
 
 LOSS = losses.Softmax()
 
@@ -168,7 +168,7 @@ def test_the_multipliers_become_the_backpropagated_errors(dual_step: float) -> N
     )
     for _ in range(400):
         training.step(batch)
-    kept = training.state_dict()["memory"]["kept"]
+    kept = training.state_dict()["order"]["memory"]["kept"]
     assert _worst([kept[f"dual {number}"] for number in (1, 2, 3)], _errors(model, batch)) < 2e-3
 
 
@@ -206,7 +206,7 @@ def test_a_row_keeps_its_multiplier_whatever_batch_it_comes_in() -> None:
         whole.step(batch)
         for rows in order.split(7):
             parts.step(Batch(batch.x[rows], batch.y[rows], rows))
-    one, other = (training.state_dict()["memory"]["kept"] for training in (whole, parts))
+    one, other = (training.state_dict()["order"]["memory"]["kept"] for training in (whole, parts))
     assert _worst([other["dual 1"][:24], other["x 2"][:24]], [one["dual 1"], one["x 2"]]) < 1e-10
 
 
@@ -317,3 +317,13 @@ def test_blocks_on_ranks_are_one_process_bit_for_bit(recipe: BlockADMM) -> None:
         for found, same_cosine in threads(size, partial(_trained, recipe=recipe)):
             assert all(torch.equal(one, other) for one, other in zip(found, alone, strict=True))
             assert abs(same_cosine - cosine) < 1e-12
+
+
+def _pipelined(group: Group) -> tuple[list[Tensor], float]:
+    return _trained(group, BlockADMM(lr=0.02, order="pipelined", probe_every=1))
+
+
+def test_real_processes_give_the_bits_of_one() -> None:
+    alone, _ = _pipelined(Solo())
+    for found, _ in processes(2, _pipelined, timeout=60):
+        assert all(torch.equal(one, other) for one, other in zip(found, alone, strict=True))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from piecework import Adam, BadInput, Batch, BlockADMM, CannotTrain, losses
+from piecework import Adam, BadInput, Batch, BlockADMM, CannotTrain, DidNotSolve, losses
 from piecework.group import Group
 from piecework.models import mlp
 from piecework.testing import threads
@@ -145,3 +145,25 @@ def test_a_state_of_other_blocks_is_refused() -> None:
 def test_backpropagation_points_here_for_a_layer_without_a_derivative() -> None:
     with pytest.raises(CannotTrain, match="block-admm"):
         Adam().bind(mlp(5, [7], 3, activation="sign"), LOSS)
+
+
+@pytest.mark.parametrize("order", ["backward", "pipelined"])
+def test_a_loss_that_does_not_fall_is_said_and_on_every_rank(order: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    batch = Batch(torch.randn(24, 5, generator=generator), torch.randint(3, (24,), generator=generator))
+    said: list[str] = []
+
+    def train(group: Group, lr: float) -> int:
+        training = BlockADMM(lr=lr, stall_sweeps=10, order=order).bind(mlp(5, [7], 3), LOSS, group=group)  # type: ignore[arg-type]
+        for number in range(60):
+            try:
+                training.step(batch)
+            except DidNotSolve as stalled:
+                said.append(str(stalled))
+                return number
+        return 60
+
+    assert set(threads(2, partial(train, lr=1e-12))) <= {19, 29}  # a loss that stands still may still lose a digit
+    assert len(said) == 2
+    assert all("the loss has not fallen in 10 sweeps" in one for one in said)
+    assert set(threads(2, partial(train, lr=1e-2))) == {60}

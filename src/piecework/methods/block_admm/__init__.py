@@ -38,9 +38,8 @@ from ...group import Group, current
 from ...losses import Loss
 from ...training import BadInput, Batch, Training
 from ..schedule import Schedule, check_schedule
-from .at_work import Sweeping
+from .at_work import BlocksAtWork
 from .block import Factory
-from .pipeline import Pipelined
 
 __all__ = ["BlockADMM"]
 
@@ -122,6 +121,9 @@ class BlockADMM:
     probe_every: int = 50
     """Steps between looks at the true gradient, each about as long as a step; 0 for none."""
 
+    stall_sweeps: int | None = None
+    """Give up where the mean loss of so many sweeps is not below the lowest of as many before; None: never."""
+
     seed: int = 0
     """Decides what random layers (dropout) and candidates draw, with the block and the step."""
 
@@ -138,6 +140,7 @@ class BlockADMM:
             ("lr", 0 < self.lr < math.inf, "above 0"),
             ("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0"),
             ("label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1)"),
+            ("stall_sweeps", self.stall_sweeps is None or self.stall_sweeps >= 1, "at least 1"),
             ("probe_every", self.probe_every >= 0, "at least 0"),
             ("mode", self.mode in ("online", "batch"), "online or batch"),
             ("dual_memory", self.dual_memory in ("none", "class", "sample"), "none, class or sample"),
@@ -174,8 +177,7 @@ class BlockADMM:
     def bind(self, model: nn.Module, loss: Loss, *, group: Group | None = None) -> Training[Batch]:
         """Start a Training from the weights of rank 0. Raises CannotTrain for a model that cannot be cut like this, for
         more ranks than blocks, or for label smoothing with a loss that has none."""
-        kind = Pipelined if self.order == "pipelined" else Sweeping
-        return kind(self, model, loss, current() if group is None else group)
+        return BlocksAtWork(self, model, loss, current() if group is None else group)
 
     def betas(self, num_blocks: int) -> list[float]:
         """The penalty of the cut on each block's input; the first block's is never used. Raises BadInput."""

@@ -16,19 +16,21 @@ from ...training import BadInput, Batch, CannotTrain, Metrics
 from ..optimizer_state import entries_of, put_entries
 from ..parameters import share_from, start_from_rank_0
 from ..schedule import rate
-from .block import Block, Factory
+from .bench import Bench
+from .block import Block
 from .cuts import cut
-from .memory import Memory, OfClasses, OfSamples, Stateless
 from .neighbours import Neighbours, owners
-from .probe import balanced, cosine, figures
-from .sweep import Penalties, Sweep
+from .pipeline import Pipeline
+from .stall import Stall
+from .sweep import Penalties
+from .sweeps import Sweeps
 
 if TYPE_CHECKING:
     from . import BlockADMM
 
 
 class BlocksAtWork:
-    """What all orders have in common: the blocks on their ranks, their optimisers, and how they are saved."""
+    """The blocks of this rank at work, in the order of the recipe, and how they are saved."""
 
     data: Literal["shard", "same"] = "same"
     batches: Literal["mini", "full"] = "mini"
@@ -59,6 +61,9 @@ class BlocksAtWork:
             num_blocks=len(parts),
             lowest=learning[0],
         )
+        bench = Bench(recipe, self._blocks, self._penalties, self._neighbours, loss, group)
+        self._order = Pipeline(bench) if recipe.order == "pipelined" else Sweeps(bench)
+        self._stall = Stall(recipe.stall_sweeps, group)
         self._step = 0
 
     def step(self, batch: Batch) -> Metrics:
@@ -69,13 +74,11 @@ class BlocksAtWork:
         lr = self._set_rate()
         batch = Batch(batch.x.to(self._device), batch.y.to(self._device), batch.index)
         self._neighbours.learn(batch.x)
-        metrics = self._advance(batch)
+        metrics = self._order.advance(batch, self._step)
         self._neighbours.finish()
+        self._stall.look(metrics.get("loss"), self._recipe.sweeps)
         self._step += 1
         return metrics if lr is None else {**metrics, "lr": torch.tensor(lr, dtype=torch.float64)}
-
-    def _advance(self, batch: Batch) -> Metrics:
-        raise NotImplementedError
 
     def sync(self) -> None:
         """Each rank gets the blocks of the others."""
@@ -92,6 +95,8 @@ class BlocksAtWork:
                 if block.optimizer is not None
             },
             "beta": [float(beta) for beta in self._penalties.beta],
+            "order": self._order.state_dict(),
+            "stall": self._stall.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -105,6 +110,8 @@ class BlocksAtWork:
         for number, beta in enumerate(state["beta"]):
             before = self._penalties.beta[number]
             self._penalties.beta[number] = torch.full_like(before, beta) if isinstance(before, Tensor) else beta
+        self._order.load_state_dict(state["order"])
+        self._stall.load_state_dict(state["stall"])
         self._step = int(state["step"])
 
     def _set_rate(self) -> float | None:
@@ -124,81 +131,6 @@ class BlocksAtWork:
         return lr
 
 
-class Sweeping(BlocksAtWork):
-    """`sweeps` sweeps over each mini-batch, backward or all blocks at once."""
-
-    def __init__(self, recipe: BlockADMM, model: nn.Module, loss: Loss, group: Group) -> None:
-        super().__init__(recipe, model, loss, group)
-        self._memory = _memory(recipe)
-
-    def _advance(self, batch: Batch) -> Metrics:
-        penalties = self._penalties
-        for block in self._blocks:
-            block.begin(self._step)
-        sweep = Sweep(self._blocks, penalties, self._neighbours, batch.x, batch.y)
-        probing = self._recipe.probe_every > 0 and self._step % self._recipe.probe_every == 0
-        if probing:
-            sweep.seen.directions = {}
-        sweep.start(lambda number, f: self._memory.begin(number, f, batch, penalties.beta[number]))
-        true = None
-        if probing or self._recipe.mode == "batch":
-            sweep.seen.outputs, true = sweep.backpropagate()
-        for number in range(self._recipe.sweeps):
-            if number > 0:
-                sweep.refresh()
-                self._balance(sweep)
-            if self._recipe.order == "jacobi":
-                sweep.jacobi()
-            else:
-                done = number == self._recipe.sweeps - 1 and isinstance(self._memory, Stateless) and not probing
-                sweep.backward(release=done)
-        for number, cut_ in sweep.cuts.items():
-            self._memory.end(number, cut_, batch, penalties.beta[number])
-        metrics: Metrics = {}
-        if sweep.seen.outputs is not None:
-            metrics["loss"] = self._loss(sweep.seen.outputs, batch.y).detach()
-        if probing:
-            assert true is not None
-            metrics |= self._probed(sweep, true)
-        return metrics
-
-    def _probed(self, sweep: Sweep, true: dict[int, list[Tensor]]) -> Metrics:
-        assert sweep.seen.directions is not None
-        terms = [term.double().cpu() for term in sweep.seen.lagrangian.values()]
-        lagrangian = torch.stack(terms).sum() if terms else torch.zeros((), dtype=torch.float64)
-        self.group.sum_(lagrangian)
-        return {
-            "cosine": cosine(sweep.seen.directions, true, self.group),
-            "lagrangian": lagrangian,
-            **figures(sweep, self._penalties.beta),
-        }
-
-    def _balance(self, sweep: Sweep) -> None:
-        if not self._recipe.balance:
-            return
-        for number, residual in sweep.residuals.items():
-            beta = self._penalties.beta[number]
-            assert isinstance(beta, Tensor)
-            self._penalties.beta[number] = balanced(sweep.cuts[number], residual, beta)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "memory": self._memory.state_dict()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
-        self._memory.load_state_dict(state["memory"])
-
-
-def _memory(recipe: BlockADMM) -> Memory:
-    if recipe.mode == "batch":
-        return OfSamples(1.0, recipe.dual_step, variables=True)
-    if recipe.dual_memory == "sample":
-        return OfSamples(recipe.dual_decay, recipe.dual_step, variables=False)
-    if recipe.dual_memory == "class":
-        return OfClasses(recipe.dual_decay, recipe.dual_step)
-    return Stateless()
-
-
 def _share_out(parts: Sequence[nn.Module], size: int) -> list[int]:
     if size > len(parts):
         raise CannotTrain(
@@ -206,6 +138,3 @@ def _share_out(parts: Sequence[nn.Module], size: int) -> list[int]:
             f"{len(parts)} ranks, or cut the model finer (blocks= or at=)"
         )
     return owners([1.0 + sum(one.numel() for one in part.parameters()) for part in parts], size)
-
-
-__all__ = ["BlocksAtWork", "Factory", "Sweeping"]

@@ -7,38 +7,35 @@ to what the block gives by then. The schedule is that of pipelined backpropagati
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ...group import Group
-from ...losses import Loss
 from ...training import Batch, Metrics
-from .at_work import BlocksAtWork
+from .bench import Bench
 from .block import Cut
 from .probe import cosine, figures
 from .sweep import Sweep
 
-if TYPE_CHECKING:
-    from . import BlockADMM
 
-
-class Pipelined(BlocksAtWork):
+class Pipeline:
     """One forward pass and one visit a block and tick, each of another mini-batch."""
 
-    def __init__(self, recipe: BlockADMM, model: nn.Module, loss: Loss, group: Group) -> None:
-        super().__init__(recipe, model, loss, group)
+    def __init__(self, bench: Bench) -> None:
+        self._bench, self._blocks = bench, bench.blocks
+        self._last = bench.penalties.num_blocks - 1
         self._flying: dict[int, Sweep] = {}
         self._true: dict[int, dict[int, list[Tensor]]] = {}
 
-    def _advance(self, batch: Batch) -> Metrics:
-        now, last = self._step, self._penalties.num_blocks - 1
+    def advance(self, batch: Batch, step: int) -> Metrics:
+        """A tick; the batch enters the pipe."""
+        now, last = step, self._last
         for block in self._blocks:
             block.begin(now)
-        sweep = Sweep(self._blocks, self._penalties, self._neighbours, batch.x, batch.y)
+        sweep = self._sweep(batch.x, batch.y)
         self._flying[now] = sweep
-        if self._recipe.probe_every > 0 and now % self._recipe.probe_every == 0:
+        if self._bench.probing(now):
             for block in self._blocks:
                 block.begin(now, again=True)
             sweep.seen.directions = {}
@@ -55,25 +52,28 @@ class Pipelined(BlocksAtWork):
             if block.number == last and coming >= 0:
                 outputs = self._flying[coming].seen.outputs
                 assert outputs is not None
-                metrics["loss"] = self._loss(outputs, self._flying[coming].y).detach()
-        if self.group.size == 1 and "loss" not in metrics:  # the pipe is filling
-            metrics["loss"] = self._loss_now(batch)
-        self._pass_on()
+                metrics["loss"] = self._bench.loss(outputs, self._flying[coming].y).detach()
+        if self._bench.group.size == 1 and "loss" not in metrics:  # the pipe is filling
+            metrics["loss"] = self._loss_now(batch, now)
+        self._pass_on(now)
         if (done := now - 2 * last) >= 0:
             metrics |= self._finished(done)
         return metrics
 
-    def _loss_now(self, batch: Batch) -> Tensor:
+    def _sweep(self, x: Tensor, y: Tensor) -> Sweep:
+        return Sweep(self._blocks, self._bench.penalties, self._bench.neighbours, x, y)
+
+    def _loss_now(self, batch: Batch, now: int) -> Tensor:
         h = batch.x
         with torch.no_grad():
             for block in self._blocks:
-                block.begin(self._step, again=True)
+                block.begin(now, again=True)
                 h = block(h)
-            return self._loss(h, batch.y)
+            return self._bench.loss(h, batch.y)
 
-    def _pass_on(self) -> None:
+    def _pass_on(self, now: int) -> None:
         """What the neighbours sent on this tick is there for the next one."""
-        now, last = self._step, self._penalties.num_blocks - 1
+        last = self._last
         lowest, highest = self._blocks[0].number, self._blocks[-1].number
         if lowest > 0:
             if (visited := now - 2 * last + lowest) >= 0:
@@ -88,11 +88,13 @@ class Pipelined(BlocksAtWork):
         if true is None:
             return {}
         assert sweep.seen.directions is not None
-        return {"cosine": cosine(sweep.seen.directions, true, self.group), **figures(sweep, self._penalties.beta)}
+        return {
+            "cosine": cosine(sweep.seen.directions, true, self._bench.group),
+            **figures(sweep, self._bench.penalties.beta),
+        }
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            **super().state_dict(),
             "flying": {str(number): sweep.state_dict() for number, sweep in self._flying.items()},
             "true": {
                 str(number): {str(block): [one.clone() for one in found] for block, found in true.items()}
@@ -101,18 +103,13 @@ class Pipelined(BlocksAtWork):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
         self._flying = {}
         for number, found in state["flying"].items():
-            x, y = (found[name].to(self._device) for name in ("x", "y"))
-            sweep = Sweep(self._blocks, self._penalties, self._neighbours, x, y)
+            sweep = self._sweep(found["x"], found["y"])
             sweep.load_state_dict(found)
             self._flying[int(number)] = sweep
-            self._neighbours.learn(x)
+            self._bench.neighbours.learn(found["x"])
         self._true = {
             int(number): {int(block): list(found) for block, found in true.items()}
             for number, true in state["true"].items()
         }
-
-
-__all__ = ["Pipelined"]

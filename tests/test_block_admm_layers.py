@@ -1,0 +1,46 @@
+"""Block-ADMM through layers without a derivative: their blocks, their proximal steps, and one call for all of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from piecework import Batch, BlockADMM, losses
+from piecework.nn import BlackBox
+
+LOSS = losses.Softmax()
+
+
+def _rows(n: int = 24, *, seed: int = 0) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 5, generator=generator, dtype=torch.float64)
+    return Batch(x, (x[:, :3] + 0.3 * x[:, 2:]).argmax(1), torch.arange(n))
+
+
+def _linear(inputs: int, outputs: int, seed: int) -> nn.Linear:
+    layer = nn.Linear(inputs, outputs, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for one in layer.parameters():
+            one.copy_(torch.randn(one.shape, generator=generator, dtype=torch.float64) / inputs**0.5)
+    return layer
+
+
+def _around(layer: nn.Module, *, width: int = 7) -> nn.Sequential:
+    """The layer between two linear ones."""
+    return nn.Sequential(_linear(5, width, 1), layer, _linear(width, 3, 2))
+
+
+def test_the_candidates_of_a_black_box_come_from_a_seed_and_leave_the_global_generator_alone() -> None:
+    def moved(seed: int, noise: int) -> Tensor:
+        model = _around(BlackBox(torch.floor, candidates=5))
+        training = BlockADMM(lr=0.1, beta=0.01, seed=seed).bind(model, LOSS)
+        torch.manual_seed(noise)
+        before = torch.get_rng_state()
+        training.step(_rows())
+        training.step(_rows())
+        assert torch.equal(torch.get_rng_state(), before)
+        return model[0].weight.detach()
+
+    assert torch.equal(moved(0, 1), moved(0, 2))
+    assert not torch.equal(moved(0, 1), moved(1, 1))

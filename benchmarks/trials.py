@@ -116,9 +116,9 @@ def about(course: Course) -> str:
     set_ = course.data
     tuning = f"{course.tuning_epochs or course.epochs:g} epochs from {course.tuning_seeds} starts"
     return (
-        f"{course.epochs:g} epochs of batches of {course.batch_size} with a cosine schedule, {course.seeds} seeds (median "
-        f"and range); tuned on trials of {tuning} each; {len(set_.train):,} training, {len(set_.validation or ()):,} "
-        f"validation and {len(set_.test or ()):,} test rows"
+        f"{course.epochs:g} epochs of batches of {course.batch_size} with a cosine schedule, {course.seeds} seeds "
+        f"(median and range); tuned on trials of {tuning} each; {len(set_.train):,} training, "
+        f"{len(set_.validation or ()):,} validation and {len(set_.test or ()):,} test rows"
     )
 
 

@@ -92,12 +92,18 @@ def tuned(entry: Entry, course: Course) -> dict[str, Any]:
     return chosen
 
 
-def table(entries: Sequence[Entry], course: Course) -> list[list[object]]:
-    """A row an entry: name, settings, validation and test accuracy (median and range over the seeds), seconds."""
+def table(
+    entries: Sequence[Entry], course: Course, known: dict[str, dict[str, Any]] | None = None
+) -> list[list[object]]:
+    """A row an entry: name, settings, validation and test accuracy (median and range over the seeds), seconds.
+
+    known: settings by name that are not tuned again; those that are tuned are added."""
+    known = {} if known is None else known
     rows: list[list[object]] = []
     for entry in entries:
         print(f"  {entry.name}", flush=True)
-        chosen = tuned(entry, course)
+        chosen = known[entry.name] if entry.name in known else tuned(entry, course)
+        known[entry.name] = chosen
         runs = [run(entry.start, course, seed, **chosen) for seed in range(course.seeds)]
         validation, test = report.spread([one.validation for one in runs]), report.spread([one.test for one in runs])
         print(f"    {shown(chosen)}: test {test}", flush=True)

@@ -13,6 +13,7 @@ the gradient over the penalty; as the gradient falls on its way down so may the 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from functools import partial
 from itertools import pairwise
 
@@ -30,6 +31,18 @@ LOSS = losses.Softmax()
 WIDTH, SWEEPS = 50, 5
 OURS = (3e-3, 1e-2)
 PENALTY = "block-ADMM, penalties: "
+
+
+class _Adam(torch.optim.Adam):
+    """With eps 1e-20, because the loss of a low block has a scale far below that of the others, and half a cosine."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, steps: int) -> None:
+        super().__init__(parameters, lr=lr, eps=1e-20, fused=True)
+        self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self, steps, lr / 100)
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        super().step(closure)
+        self._schedule.step()
 
 
 def network(set_: data.Dataset, depth: int, seed: int, gain: float | None = None) -> nn.Sequential:
@@ -52,15 +65,13 @@ def entries(set_: data.Dataset, depth: int) -> list[Entry]:
         recipe = Adam(lr=lr, eps=eps, schedule="cosine", schedule_steps=steps)
         return recipe.bind(network(set_, depth, seed, gain), LOSS)
 
-    def ours(dual_step: float, seed: int, steps: int, *, lr: float, beta: float, ratio: float) -> Training[Batch]:
+    def ours(seed: int, steps: int, *, lr: float, beta: float, ratio: float, dual_step: float = 0.0) -> Training[Batch]:
         recipe = BlockADMM(
-            lr=lr,
+            optimizer=partial(_Adam, lr=lr, steps=steps * SWEEPS),
             beta=tuple(beta * ratio**above for above in reversed(range(depth))),
             alpha_beta=0.5,
             sweeps=SWEEPS,
             dual_step=dual_step,
-            schedule="cosine",
-            schedule_steps=steps,
             probe_every=0,
         )
         return recipe.bind(network(set_, depth, seed), LOSS)
@@ -86,7 +97,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     set_ = data.load("digits", validation=0.2)
-    course = Course(set_, epochs=30, batch_size=64, seeds=arguments.seeds, tuning_seeds=1, tuning_epochs=15)
+    course = Course(set_, epochs=20, batch_size=64, seeds=arguments.seeds, tuning_seeds=1, tuning_epochs=15)
     sections, known = [], {}
     for depth in arguments.depths:
         known = {name: settings for name, settings in known.items() if name.startswith(PENALTY)}

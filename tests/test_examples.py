@@ -94,3 +94,16 @@ def test_a_regression_from_a_table_beats_the_linear_one(capsys: pytest.CaptureFi
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # by torch's forward mode
 def test_an_equation_is_solved_from_its_residuals() -> None:
     assert main_of("05_physics_informed_poisson.py")(["--units", "20", "--steps", "40"]) < 0.02
+
+
+def test_sign_units_learn_where_adam_refuses(capsys: pytest.CaptureFixture[str]) -> None:
+    score = main_of("06_binary_activations.py")(["--width", "40", "--depth", "2", "--epochs", "6"])
+    said = capsys.readouterr().out
+    assert "(Sign) has none" in said
+    assert score > float(re.findall(r"last layer trained: test accuracy (\S+)", said)[0]) + 0.05
+
+
+def test_few_bits_carry_most_of_a_digit() -> None:
+    trained, random = main_of("07_quantised_bottleneck.py")(["--levels", "4", "--epochs", "8"])
+    assert trained > 0.8
+    assert trained > random + 0.05

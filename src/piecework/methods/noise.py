@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from ..nn import BlackBox
 from .parameters import random_layers
 
 _GLOBAL_GENERATOR = threading.Lock()
@@ -16,9 +17,12 @@ _GLOBAL_GENERATOR = threading.Lock()
 
 
 def may_draw(model: nn.Module) -> bool:
-    """Whether a forward pass may draw random numbers: torch's layers are known, of the user's nothing is."""
+    """Whether a forward pass or a proximal step may draw random numbers: torch's layers are known, of the user's
+    nothing is, nor of the function in a black box."""
     known = ("torch.nn.", "piecework.")
-    return bool(random_layers(model)) or not all(type(one).__module__.startswith(known) for one in model.modules())
+    return bool(random_layers(model)) or any(
+        isinstance(one, BlackBox) or not type(one).__module__.startswith(known) for one in model.modules()
+    )
 
 
 @contextmanager

@@ -243,17 +243,15 @@ class Sweep:
         self._move_weights(block, gradients)
 
     def _visit_prox(self, block: Block, reach: Tensor, beta: float | Tensor) -> None:
-        given = self._given[block.number]
+        given, x = self._given[block.number], self._input(block).detach()
         if block.number > self._lowest:
             cut = self.cuts[block.number]
             v = cut.f if cut.u is None else cut.f + cut.u
             below = self._penalties.beta[block.number]
             a = block.prox_input(v, given, reach, below, beta, linear=self._penalties.linear)
             cut.put(a - cut.f)
-        if block.optimizer is not None:
-            x = self._input(block)
-            for _ in range(self._penalties.local_steps):
-                self._repeat(block, x, given, reach, beta)
+        for _ in range(self._penalties.local_steps):
+            self._repeat(block, x, given, reach, beta)
 
     def _gradients(
         self, block: Block, out: Tensor, x: Tensor | None, seed: Tensor | None

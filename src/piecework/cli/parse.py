@@ -75,15 +75,20 @@ def _option(hint: Any) -> Option:
         return Option("flag", hint)
     if any(typing.get_origin(part) is typing.get_origin(Callable[[], None]) for part in (plain, *inside)):
         return Option("fixed", hint)
-    if origin is tuple and len(inside) == 2 and inside[1] is Ellipsis:
+    endless = [one for one in (plain, *inside) if typing.get_origin(one) is tuple and Ellipsis in typing.get_args(one)]
+    if endless and (origin is tuple or _is_union(origin)):
         return Option("many", hint)
     if origin is tuple:
         return Option("count", hint, len(inside))
     return Option("many" if origin in (list, set, frozenset) else "one", hint)
 
 
+def _is_union(origin: Any) -> bool:
+    return origin in (typing.Union, types.UnionType)
+
+
 def _without_none(hint: Any) -> Any:
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+    if _is_union(typing.get_origin(hint)):
         parts = [part for part in typing.get_args(hint) if part is not type(None)]
         return parts[0] if len(parts) == 1 else typing.Union[tuple(parts)]  # noqa: UP007
     return hint

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -265,6 +266,53 @@ def test_the_step_reports_the_loss_of_the_deployed_network_before_it() -> None:
             batch = _rows(seed=seed)
             before = LOSS(model(batch.x), batch.y).detach()
             assert abs(float(training.step(batch)["loss"] - before)) < 1e-12
+
+
+@pytest.mark.parametrize("order", ["backward", "jacobi", "pipelined"])
+def test_evaluating_blocks_again_changes_no_bit(order: Any) -> None:
+    found = []
+    for recompute in (False, True):
+        model = _network(depth=4)
+        recipe = BlockADMM(order=order, recompute=recompute, lr=0.05, local_steps=2)
+        training = recipe.bind(model, LOSS)
+        for seed in range(12):
+            training.step(_rows(seed=seed))
+        found.append([one.detach() for one in model.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_a_pipeline_visits_a_block_with_the_weights_of_then() -> None:
+    """The written-out schedule: forward on tick b + t, back on tick b + 2 (T - 1) - t, from t = 0."""
+    depth, ticks = 3, 9
+    model, twin = _network(depth=depth), _network(depth=depth)
+    recipe = BlockADMM(order="pipelined", optimizer=partial(torch.optim.SGD, lr=0.1), probe_every=0)
+    training = recipe.bind(model, LOSS)
+    blocks = [twin[0:2], twin[2:4], twin[4:]]
+    inputs: dict[tuple[int, int], Tensor] = {}
+    errors: dict[tuple[int, int], Tensor] = {}
+    for now in range(ticks):
+        training.step(_rows(seed=now))
+        inputs[now, 0] = _rows(seed=now).x
+        moves = []
+        for t, block in enumerate(blocks):
+            if (now - t, t) in inputs and t < depth - 1:
+                with torch.no_grad():
+                    inputs[now - t, t + 1] = block(inputs[now - t, t])
+        for t, block in enumerate(blocks):
+            batch = now - 2 * (depth - 1) + t
+            if batch < 0:
+                continue
+            x = inputs[batch, t].clone().requires_grad_()
+            out = block(x)
+            out = LOSS(out, _rows(seed=batch).y) if t == depth - 1 else out
+            gradients = torch.autograd.grad(out, [x, *block.parameters()], errors.get((batch, t)))
+            errors[batch, t - 1] = gradients[0]
+            moves.append((block, gradients[1:]))
+        with torch.no_grad():
+            for block, gradients in moves:
+                for one, gradient in zip(block.parameters(), gradients, strict=True):
+                    one.sub_(0.1 * gradient)
+    assert _worst(model.parameters(), twin.parameters()) < 1e-12
 
 
 def test_frozen_layers_stay_and_what_lies_below_them_learns() -> None:

@@ -116,7 +116,8 @@ class BlockADMM:
     """Part of each label that is spread evenly over all classes, in [0, 1); for losses that have such a setting."""
 
     recompute: bool = False
-    """Evaluate each block again at its visit, with the memory of one block's graph; else all graphs are kept."""
+    """Evaluate each block again at its visit, with the memory of one block's graph; else all graphs are
+    kept (a pipeline always evaluates again)."""
 
     probe_every: int = 50
     """Steps between looks at the true gradient, each about as long as a step; 0 for none."""

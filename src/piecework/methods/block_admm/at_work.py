@@ -55,7 +55,8 @@ class BlocksAtWork:
             alpha_beta=recipe.alpha_beta,
             local_steps=recipe.local_steps,
             dual_step=recipe.dual_step,
-            keep_graphs=not recipe.recompute,
+            # In a pipe the weights move between a block's forward pass and its visit: graphs would be stale.
+            keep_graphs=not recipe.recompute and recipe.order != "pipelined",
             linear=recipe.prox == "linear",
             objective=smoothed(loss, recipe.label_smoothing),
             num_blocks=len(parts),

@@ -49,9 +49,7 @@ class Seen:
 
 
 class Sweep:
-    """One mini-batch at work in consecutive blocks. x: the rows; y: their labels.
-
-    blocks: this rank's; first, last: whether the first and the last of the model are among them."""
+    """One mini-batch at work in consecutive blocks, those of this rank. x: the rows; y: their labels."""
 
     def __init__(
         self, blocks: Sequence[Block], penalties: Penalties, neighbours: Neighbours, x: Tensor, y: Tensor

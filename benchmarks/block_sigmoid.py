@@ -5,7 +5,8 @@ input makes of the activations, and the gradient on its way down, shrink by abou
 of float32 beside the activations' mean from about the eighth layer on. The control is a good initialisation (Xavier,
 gain 4: the slope of a sigmoid at 0 is 1/4). All rows are tuned alike (`trials.py`), those of block-ADMM at the first
 depth only; the row with duals has the settings of the one without. A run of block-ADMM takes as long as tens of runs of
-Adam: `--baselines --epochs 100` gives Adam more of the time.
+Adam: `--baselines --epochs 100` gives Adam more of the time, and
+`--falling` trains longer with settings that were chosen in shorter runs.
 
 Falling penalties: that of a cut is `ratio` times that of the cut above it, beta at the last cut. A target is moved by
 the gradient over the penalty; as the gradient falls on its way down so may the penalty, and the move stays in sight.
@@ -95,6 +96,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--baselines", action="store_true", help="only the rows of Adam, which are cheap")
+    parser.add_argument("--falling", type=float, nargs=3, help="only that row, with this lr, ratio and beta")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--name", default="block-sigmoid", help="of the file of results")
     arguments = parser.parse_args()
@@ -114,8 +116,11 @@ def main() -> None:
         listed = entries(set_, depth)
         if arguments.baselines:
             listed = [one for one in listed if not one.name.startswith(PENALTY)]
+        if arguments.falling:
+            listed = listed[-1:]
+            known[listed[0].name] = dict(zip(("lr", "ratio", "beta"), arguments.falling, strict=True))
         rows = trials.table(listed, course, known)
-        if not arguments.baselines:
+        if not (arguments.baselines or arguments.falling):
             twin = Entry("the same with duals, step 0.5", partial(listed[-1].start, dual_step=0.5))
             rows += trials.table([twin], course, {twin.name: known[listed[-1].name]})
         sections.append((f"{depth} hidden layers.", trials.HEADER, rows))

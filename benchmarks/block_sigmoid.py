@@ -4,7 +4,9 @@ Digits, 10 and 20 hidden layers of 50 sigmoid units, nn.Linear's default initial
 input makes of the activations, and the gradient on its way down, shrink by about a factor 7 a layer: below the rounding
 of float32 beside the activations' mean from about the eighth layer on. The control is a good initialisation (Xavier,
 gain 4: the slope of a sigmoid at 0 is 1/4). All rows are tuned alike (`trials.py`), those of block-ADMM at the first
-depth only; the row with duals has the settings of the one without.
+depth only; the row with duals has the settings of the one without. A run of block-ADMM takes as long as tens of runs of
+Adam: `--baselines --epochs 100` gives Adam more of the time, and
+`--falling` trains longer with settings that were chosen in shorter runs.
 
 Falling penalties: that of a cut is `ratio` times that of the cut above it, beta at the last cut. A target is moved by
 the gradient over the penalty; as the gradient falls on its way down so may the penalty, and the move stays in sight.
@@ -92,21 +94,38 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--depths", type=int, nargs="+", default=[10, 20])
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--baselines", action="store_true", help="only the rows of Adam, which are cheap")
+    parser.add_argument("--falling", type=float, nargs=3, help="only that row, with this lr, ratio and beta")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--name", default="block-sigmoid", help="of the file of results")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     set_ = data.load("digits", validation=0.2)
-    course = Course(set_, epochs=20, batch_size=64, seeds=arguments.seeds, tuning_seeds=1, tuning_epochs=15)
+    course = Course(
+        set_,
+        epochs=arguments.epochs,
+        batch_size=64,
+        seeds=arguments.seeds,
+        tuning_seeds=1,
+        tuning_epochs=arguments.epochs * 0.75,
+    )
     sections, known = [], {}
     for depth in arguments.depths:
         known = {name: settings for name, settings in known.items() if name.startswith(PENALTY)}
         listed = entries(set_, depth)
+        if arguments.baselines:
+            listed = [one for one in listed if not one.name.startswith(PENALTY)]
+        if arguments.falling:
+            listed = listed[-1:]
+            known[listed[0].name] = dict(zip(("lr", "ratio", "beta"), arguments.falling, strict=True))
         rows = trials.table(listed, course, known)
-        twin = Entry("the same with duals, step 0.5", partial(listed[-1].start, dual_step=0.5))
-        rows += trials.table([twin], course, {twin.name: known[listed[-1].name]})
+        if not (arguments.baselines or arguments.falling):
+            twin = Entry("the same with duals, step 0.5", partial(listed[-1].start, dual_step=0.5))
+            rows += trials.table([twin], course, {twin.name: known[listed[-1].name]})
         sections.append((f"{depth} hidden layers.", trials.HEADER, rows))
-    text = f"{WIDTH} sigmoid units a hidden layer; {trials.about(course)}. Block-ADMM: {SWEEPS} sweeps, alpha beta 0.5."
+    text = f"{WIDTH} sigmoid units a hidden layer; {trials.about(course)}."
+    text += "" if arguments.baselines else f" Block-ADMM: {SWEEPS} sweeps, alpha beta 0.5."
     report.write(arguments.name, "Deep sigmoid networks on digits", [(text, [], []), *sections])
 
 

@@ -169,25 +169,55 @@ def test_all_of_them_train_in_one_network() -> None:
     assert not [name for name, one in model.named_parameters() if torch.equal(one, start[name])]
 
 
-def test_the_step_is_the_written_out_one() -> None:
+def _written_out(model: nn.Sequential, batch: Batch, beta: list[float], prox: str, duals: bool) -> list[list[Tensor]]:
+    """The gradients of the sums of the blocks' losses, from the last block down, of a model of linear layers with
+    layers without a derivative between them. With duals: of the second sweep, the weights being still."""
+    linear, between = list(model)[::2], list(model)[1::2]
+    f = [linear[0](batch.x).detach()]  # what each block but the last gives, and so f[t - 1] is the input of block t
+    for layer, one in zip(linear[1:], between, strict=True):
+        f += [one(f[-1]).detach()]
+        f += [] if layer is linear[-1] else [layer(f[-1]).detach()]
+    d, u = ([torch.zeros_like(one) for one in f] for _ in range(2))
+    for _ in range(2 if duals else 1):
+        found: list[list[Tensor]] = []
+        for t in reversed(range(len(model))):
+            x = (f[t - 1] + d[t - 1] if t > 0 else batch.x).detach().requires_grad_()
+            reach = None if t == len(f) else d[t] - u[t]
+            if t % 2 == 0:
+                out = model[t](x)
+                total = LOSS(out, batch.y) * len(x) if reach is None else -(beta[t] * reach * out).sum()
+                *weights, g = torch.autograd.grad(total, [*model[t].parameters(), x])
+                found.append(weights)
+                move = u[t - 1] - g / beta[t - 1] if t > 0 else None
+            else:
+                v = f[t - 1] + u[t - 1]
+                if prox == "linear":
+                    a = model[t].prox_input_linear(v, -beta[t] * reach, beta[t - 1])
+                else:
+                    a = model[t].prox_input(v, f[t] + reach, beta[t - 1], beta[t])
+                move = a - f[t - 1]
+            if t > 0:
+                d[t - 1] = move
+        inputs = [batch.x, *(one + two for one, two in zip(f, d, strict=True))]
+        now = [model[t](inputs[t]).detach() for t in range(len(f))]
+        u = [two + (new - (one + three)) for one, two, three, new in zip(f, u, d, now, strict=True)]
+        d, f = [one + two - new for one, two, new in zip(f, d, now, strict=True)], now
+    return found
+
+
+@pytest.mark.parametrize("prox", ["linear", "exact"])
+@pytest.mark.parametrize("duals", [False, True])
+def test_the_step_is_the_written_out_one(prox: Any, duals: bool) -> None:
     """Linear, Sign, Linear, TopK, Linear: forward, targets from the last block down, a gradient a block."""
-    sign, top = Sign(), TopK(3)
-    layers = [_linear(5, 7, 1), _linear(7, 7, 2), _linear(7, 3, 3)]
-    model, batch, beta = nn.Sequential(layers[0], sign, layers[1], top, layers[2]), _rows(), 0.3
-    n = len(batch)
-    a1 = layers[0](batch.x)
-    h1 = sign(a1).detach().requires_grad_()
-    a2 = layers[1](h1)
-    h2 = top(a2).detach().requires_grad_()
-    last = torch.autograd.grad(LOSS(layers[2](h2), batch.y) * n, [*layers[2].parameters(), h2])
-    move2 = top.prox_input_linear(a2.detach(), last[-1], beta) - a2.detach()
-    middle = torch.autograd.grad(a2, [*layers[1].parameters(), h1], -beta * move2)
-    move1 = sign.prox_input_linear(a1.detach(), middle[-1], beta) - a1.detach()
-    first = torch.autograd.grad(a1, list(layers[0].parameters()), -beta * move1)
-    training = _bound(BlockADMM(beta=beta, optimizer=_Kept), model)
+    model, batch = nn.Sequential(*_around(Sign()), TopK(2), _linear(3, 3, 4)), _rows()
+    beta = [0.02, 0.03, 0.05, 0.01]
+    wanted = _written_out(model, batch, beta, prox, duals)
+    more: dict[str, Any] = {"sweeps": 2, "dual_step": 1.0} if duals else {}
+    training = _bound(BlockADMM(beta=tuple(beta), prox=prox, optimizer=_Kept, **more), model)
     training.step(batch)
-    for block, wanted in ((0, first), (2, middle[:-1]), (4, last[:-1])):
-        assert all(_close(one, other / n) for one, other in zip(_given(training, block), wanted, strict=True))
+    for block, weights in zip((4, 2, 0), wanted, strict=True):
+        given = _given(training, block, 1 if duals else 0)
+        assert all(_close(one, other / len(batch)) for one, other in zip(given, weights, strict=True)), block
 
 
 @pytest.mark.parametrize("clip", [0.5, 1.0])

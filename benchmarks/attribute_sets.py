@@ -67,12 +67,17 @@ class AttributeSet:
     """(n,) bool, of the unseen rows: the person's combination of attributes is in no training row."""
 
 
-def digits(seed: int, weak: str = "parity") -> AttributeSet:
-    """weak: a name of WEAK_DIGITS. Stratified by digit."""
+def digits(seed: int, weak: str = "parity", *, test_seed: int | None = None) -> AttributeSet:
+    """weak: a name of WEAK_DIGITS. test_seed: the test rows are those of this seed, whatever the seed of the others.
+
+    Stratified by digit."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
-    order = ordering(len(bunch.target), bunch.target, seed, _SPLIT)
+    order = ordering(len(bunch.target), bunch.target, seed if test_seed is None else test_seed, _SPLIT)
+    if test_seed is not None:
+        rest = order[: sum(DIGITS_ROWS[:2])]
+        order[: len(rest)] = rest[ordering(len(rest), bunch.target[rest], seed, _SPLIT + 1)]
     parts = [
         _classes(bunch.data[rows] / 16, bunch.target[rows], [WEAK_DIGITS[weak]], range(10))
         for rows in np.split(order, np.cumsum(DIGITS_ROWS)[:-1])

@@ -42,6 +42,7 @@ CASES: dict[str, tuple[Callable[[], Method], int]] = {
     "deepfacto-envelope": (partial(DeepFacto, through="envelope", lr=0.03), 12),
     "deepfacto-contrast": (partial(DeepFacto, through="contrast", lr=0.03), 12),
     "deepfacto-implicit": (partial(DeepFacto, through="implicit", lr=0.03), 12),
+    "deepfacto-sparse": (partial(DeepFacto, sparsity=0.3, lr=0.03), 12),
     "sgd": (SGD, 12),
     "adam": (partial(Adam, lr=0.03), 12),
     "lbfgs": (LBFGS, 6),

@@ -2,9 +2,11 @@
 in a classifier, trained with the label.
 
 An encoder f gives non-negative features A = f(X), the layer their codes S on a dictionary M, and the head h sees the
-codes alone; J is its loss, D a linear decoder that is only trained with, x what it is to give:
+codes alone; J is its loss, D a linear decoder that is only trained with, x what it is to give, tau the weight of
+density:
 
-    min  J(h(S)) + gamma ||x - D(S)||^2 + lambda/2 ||A - S M^T||^2       s.t.  A = f(X),  S >= 0,  M >= 0
+    min  J(h(S)) + gamma ||x - D(S)||^2 + tau ||S||_1/||S||_2 + lambda/2 ||A - S M^T||^2
+    s.t.  A = f(X),  S >= 0,  M >= 0
 
 The label-free code S_0 of A minimises the last term alone; it is what a deployed network has. Four ways to the encoder:
 
@@ -22,6 +24,9 @@ Differs from the obvious reading
    codes would have scored more.
 2. Without the decoder the codes keep only what the label needs. Its loss is relative to the variance of its target.
 3. Reconstruction and supervision have weights of their own (nu, lambda) in `contrast` and `implicit`.
+4. The ratio of norms (the measure of Hoyer, "Non-negative matrix factorization with sparseness constraints", JMLR 5,
+   2004) asks for few factors a row whatever their scale. Where codes that have seen the label are minimised for, it
+   counts by its slope at the label-free codes: the problem stays convex, and `contrast` still tends to `implicit`.
 """
 
 from __future__ import annotations
@@ -63,6 +68,9 @@ class DeepFacto:
 
     decoder: float = 1.0
     """Weight of the part of the input's variance that a linear decoder leaves unexplained; 0 for no decoder."""
+
+    sparsity: float = 0.0
+    """Weight of a sample's ||s||_1 / ||s||_2, from 1 (one factor) to the root of the rank (all alike); 0 for none."""
 
     beta: float = 1.0
     """block-admm: penalty of A = f(X)."""
@@ -112,6 +120,7 @@ class DeepFacto:
             ("coupling", 0 < self.coupling < math.inf, "above 0"),
             ("reconstruction", 0 <= self.reconstruction < math.inf, "at least 0"),
             ("decoder", 0 <= self.decoder < math.inf, "at least 0"),
+            ("sparsity", 0 <= self.sparsity < math.inf, "at least 0"),
             ("beta", 0 < self.beta < math.inf, "above 0"),
             ("dual_step", 0 <= self.dual_step <= 1.618, "in [0, 1.618]"),
             ("sweeps", self.sweeps >= 1, "at least 1"),

@@ -18,7 +18,7 @@ from ..block_admm.block import Block
 from ..optimizer_state import entries_of, put_entries
 from ..parameters import share_from_rank_0, start_from_rank_0, trainable
 from ..schedule import rate
-from .codes import Pull, informed, refuse_head
+from .codes import Pull, density, informed, refuse_head
 
 if TYPE_CHECKING:
     from . import DeepFacto
@@ -80,7 +80,8 @@ class FactorsAtWork:
         if through == "implicit":
             metrics |= self._implicit(a, y, target)
         else:
-            pull = Pull(self._head.module, self._objective, y, self._decoder, self._decoder_weight(), target, free)
+            weight, sparsity = self._decoder_weight(), self._recipe.sparsity
+            pull = Pull(self._head.module, self._objective, y, self._decoder, weight, target, free, sparsity)
             if through == "block-admm":
                 seen = self._block_admm(x, a, free, pull)
             else:
@@ -104,6 +105,8 @@ class FactorsAtWork:
             codes = self._nmf(a)
             z = self._head(codes)
             total = self._objective(z, y) + self._decoder_loss(codes, target)
+            if self._recipe.sparsity:
+                total = total + self._recipe.sparsity * density(codes)
             missing = a - self._nmf.reconstruct(codes.detach())
             total = total + self._recipe.reconstruction / 2 * missing.square().sum() / len(y)
         blocks = self._learning((self._encoder, self._head, self._decoding))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +18,11 @@ _PIECEWISE_LINEAR = (nn.Linear, nn.ReLU, nn.LeakyReLU, nn.Identity, nn.Flatten)
 
 @dataclass(frozen=True)
 class Pull:
-    """What pulls codes away from the reconstruction: the loss J of the head, and decoder_weight ||x - D(S)||^2, both
-    summed over samples.
+    """What pulls codes away from the reconstruction: the loss J of the head, decoder_weight ||x - D(S)||^2, and
+    sparsity times the `density` of the codes, linear around those in `like`, all summed over samples.
 
-    x: (n, k) what the decoder is to give; y: labels; decoder: None where there is none; like: codes, (n, r) or
-    (n, r, h, w), for the form that the head takes. The codes here are rows, (m, r)."""
+    x: (n, k) what the decoder is to give; y: labels; decoder: None where there is none; like: label-free codes, (n, r)
+    or (n, r, h, w), in the form that the head takes. The codes here are rows, (m, r)."""
 
     head: nn.Module
     objective: Loss
@@ -30,6 +31,7 @@ class Pull:
     decoder_weight: float | Tensor
     x: Tensor
     like: Tensor
+    sparsity: float = 0.0
 
     def slope(self, s: Tensor) -> Tensor:
         """The gradient by the codes, (m, r)."""
@@ -41,7 +43,18 @@ class Pull:
         if self.decoder is not None:
             missing = self.decoder(s.flatten(1)) - self.x
             found = found + (2 * self.decoder_weight * (missing @ self.decoder.weight)).view_as(s)
-        return as_rows(found.detach())
+        rows = as_rows(found.detach())
+        return rows if self._towards_few is None else rows + self._towards_few
+
+    @cached_property
+    def _towards_few(self) -> Tensor | None:
+        """The slope of sparsity times the density, (m, r), where the label-free codes are."""
+        if not self.sparsity:
+            return None
+        with torch.enable_grad():
+            leaf = self.like.detach().requires_grad_()
+            (found,) = torch.autograd.grad(len(leaf) * self.sparsity * density(leaf), leaf)
+        return as_rows(found)
 
     def lipschitz(self) -> Tensor:
         """A bound of the second derivatives by the codes of a sample, 0-d; exact where the head is one layer."""
@@ -53,6 +66,13 @@ class Pull:
         if self.decoder is not None:
             bound = bound + 2 * self.decoder_weight * _squared_norm(self.decoder.weight)
         return bound
+
+
+def density(codes: Tensor) -> Tensor:
+    """||s||_1 / ||s||_2 of codes (n, r) or (n, r, h, w), the mean over rows and positions, 0-d; codes of 0 count 0."""
+    rows = as_rows(codes)
+    length = rows.square().sum(1).clamp_min(torch.finfo(rows.dtype).tiny).sqrt()
+    return (rows.sum(1) / length).mean()
 
 
 def informed(

@@ -21,7 +21,7 @@ import torch
 from piecework import losses
 from piecework.fit import fit
 from piecework.formats import model_bytes
-from piecework.methods import ADMM, CG, LBFGS, METHODS, SGD, Adam, GaussNewton
+from piecework.methods import ADMM, CG, LBFGS, METHODS, SGD, Adam, BlockADMM, DeepFacto, GaussNewton
 from piecework.models import mlp
 from piecework.testing.check import classes
 from piecework.training import Method
@@ -35,6 +35,8 @@ RECIPES: dict[str, Callable[[], Method]] = {
     "lbfgs": LBFGS,
     "cg": CG,
     "gauss-newton": GaussNewton,
+    "block-admm": partial(BlockADMM, lr=0.03, sweeps=2, local_steps=2, alpha_beta=0.5, dual_step=0.5),
+    "deepfacto": partial(DeepFacto, lr=0.03),
 }
 
 
@@ -49,8 +51,9 @@ def _lines(path: str) -> list[str]:
 
 
 def _run(recipe: Callable[[], Method]) -> dict[str, Any]:
-    model, loss = mlp(5, [7, 3], 3, seed=1, dtype=torch.float64), losses.named("softmax")
-    training = recipe().bind(model, loss)
+    method, loss = recipe(), losses.named("softmax")
+    model = mlp(5, [7, 3], 3, factors=2 if isinstance(method, DeepFacto) else None, seed=1, dtype=torch.float64)
+    training = method.bind(model, loss)
     history = fit(training, classes(), loss=loss, steps=5, batch_size=24, seed=3, evaluate_every=1)
     return {
         "torch": str(torch.__version__).split("+")[0],

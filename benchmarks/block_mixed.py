@@ -24,11 +24,11 @@ from trials import Course, Entry
 
 LOSS = losses.Softmax()
 RATES = (3e-3, 1e-2, 3e-2)
-BETAS = (0.3, 3.0, 30.0)
+BETAS = (0.3, 3.0, 30.0, 300.0)
 LEVELS = 8
 COURSES = {
     "digits": (100, {"epochs": 20, "batch_size": 64, "seeds": 3, "tuning_seeds": 2}),
-    "mnist": (200, {"epochs": 1, "batch_size": 128, "seeds": 3, "tuning_seeds": 1, "tuning_epochs": 0.25}),
+    "mnist": (200, {"epochs": 2, "batch_size": 128, "seeds": 3, "tuning_seeds": 1, "tuning_epochs": 1}),
 }
 
 

@@ -1,10 +1,10 @@
 """Networks of sign units by block-ADMM and by invented gradients: `python benchmarks/block_sign.py digits`.
 
 Each hidden layer is Linear, BatchNorm1d, sign. All rows have the same starts, batches, Adam with a cosine schedule and
-epochs, and are tuned alike (`trials.py`), anew for each depth: the learning rate from the same values, then one more
-setting where there is one: the range of the straight-through estimator, the kind of hinge, the penalty of block-ADMM.
-With a large penalty the dithered linear step is the straight-through estimator with the range [-dither, dither]; below
-that it bounds how far a unit is asked to move by one sample, and reaches units outside that range.
+epochs, and are tuned alike (`trials.py`), anew for each depth: the learning rate from the same values, then what else
+there is: the range of the straight-through estimator, the kind of hinge, penalty and dither of block-ADMM. With a large
+penalty the dithered linear step is the straight-through estimator with the range [-dither, dither]; below that it
+bounds how far a unit is asked to move by one sample, and reaches units outside that range.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from piecework.training import Training
 from trials import Course, Entry
 
 LOSS = losses.Softmax()
-RATES = (3e-3, 1e-2, 3e-2)
-BETAS = (0.03, 0.3, 1.0, 3.0)
+RATES, CLIPS = (3e-3, 1e-2, 3e-2), (0.5, 1.0, 2.0)
+BETAS, HARD_BETAS = (0.3, 3.0, 30.0), (0.03, 0.3, 3.0)
 COURSES = {
     "digits": (100, {"epochs": 30, "batch_size": 64, "seeds": 5, "tuning_seeds": 2}),
-    "mnist": (200, {"epochs": 2, "batch_size": 128, "seeds": 3, "tuning_seeds": 1, "tuning_epochs": 0.25}),
+    "mnist": (200, {"epochs": 4, "batch_size": 128, "seeds": 3, "tuning_seeds": 1, "tuning_epochs": 1}),
 }
 
 
@@ -62,19 +62,22 @@ def entries(set_: data.Dataset, depth: int, width: int) -> list[Entry]:
         model[-1].requires_grad_(True)
         return Adam(lr=lr, schedule="cosine", schedule_steps=steps).bind(model, LOSS)
 
-    def ours(dither: float, more: dict[str, Any], seed: int, steps: int, *, lr: float, beta: float) -> Training[Batch]:
+    def ours(
+        more: dict[str, Any], seed: int, steps: int, *, lr: float, beta: float, dither: float = 0.0
+    ) -> Training[Batch]:
         recipe = BlockADMM(lr=lr, beta=beta, schedule="cosine", schedule_steps=steps, probe_every=0, **more)
         return recipe.bind(make(partial(Sign, dither=dither), seed), LOSS)
 
-    rates, both = {"lr": RATES}, {"lr": RATES, "beta": BETAS}
+    rates, hard = {"lr": RATES}, {"lr": RATES, "beta": HARD_BETAS}
+    both = {"lr": RATES, "beta": BETAS, "dither": CLIPS}
     return [
         Entry("last layer only", last, rates),
-        Entry("Adam, straight-through estimator", straight, {"lr": RATES, "clip": (0.5, 1.0, 2.0)}),
+        Entry("Adam, straight-through estimator", straight, {"lr": RATES, "clip": CLIPS}),
         Entry("Adam, hinge targets", hinge, {"lr": RATES, "hinge": ("saturated", "soft")}),
-        Entry("block-ADMM", partial(ours, 1.0, {}), both),
-        Entry("block-ADMM, 2 local steps", partial(ours, 1.0, {"local_steps": 2}), both),
-        Entry("block-ADMM, exact step of the hard sign", partial(ours, 1.0, {"prox": "exact"}), both),
-        Entry("block-ADMM, linear step of the hard sign", partial(ours, 0.0, {}), both),
+        Entry("block-ADMM", partial(ours, {}), both),
+        Entry("block-ADMM, 2 local steps", partial(ours, {"local_steps": 2}), both),
+        Entry("block-ADMM, exact step of the hard sign", partial(ours, {"prox": "exact"}), hard),
+        Entry("block-ADMM, linear step of the hard sign", partial(ours, {}), hard),
     ]
 
 

@@ -19,6 +19,7 @@ from piecework.methods.deepfacto.at_work import FactorsAtWork
 from piecework.methods.deepfacto.codes import Pull, informed
 from piecework.models import mlp
 from piecework.nn import NMF
+from piecework.nn.nmf import as_rows
 from piecework.solvers.nnls import composite_nnls, nnls
 from piecework.testing import threads
 from piecework.training import BadInput
@@ -134,10 +135,28 @@ def test_informed_codes_are_those_of_the_composite_problem() -> None:
     wanted = composite_nnls(pull.slope, pull.lipschitz(), a, found.nmf.dictionary, weight=2.0, ridge=1e-3).x
     assert float((mine - wanted).abs().max()) < 1e-8
 
-    codes = wanted.clone().requires_grad_()
-    value = LOSS.total(found.head(codes), batch.y) + 0.4 * (decoder(codes) - batch.x).square().sum()
-    (slope,) = torch.autograd.grad(value, codes)
-    assert float((pull.slope(wanted) - slope).abs().max()) < 1e-12
+
+@pytest.mark.parametrize(
+    ("head", "shape"),
+    [
+        (nn.Linear(3, 4), (6, 3)),
+        (nn.Sequential(nn.Linear(3, 7), nn.ReLU(), nn.Linear(7, 4)), (6, 3)),
+        (nn.Sequential(nn.Flatten(), nn.Linear(12, 4)), (6, 3, 2, 2)),
+        (nn.Sequential(nn.Flatten(), nn.Linear(12, 7), nn.ReLU(), nn.Linear(7, 4)), (6, 3, 2, 2)),
+    ],
+    ids=["layer", "layers", "flat layer", "flat layers"],
+)
+def test_the_pull_on_codes_is_the_slope_of_what_it_stands_for(head: nn.Module, shape: tuple[int, ...]) -> None:
+    head = head.double()
+    generator = torch.Generator().manual_seed(2)
+    like, other = (torch.rand(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    x, y = torch.randn(6, 5, generator=generator, dtype=torch.float64), torch.randint(4, (6,), generator=generator)
+    decoder = nn.Linear(like[0].numel(), 5, dtype=torch.float64)
+    pull = Pull(head, LOSS, y, decoder, 0.4, x, like)
+    codes = other.requires_grad_()
+    value = LOSS.total(head(codes), y) + 0.4 * (decoder(codes.flatten(1)) - x).square().sum()
+    (wanted,) = torch.autograd.grad(value, codes)
+    assert float((pull.slope(as_rows(other.detach())) - as_rows(wanted)).abs().max()) < 1e-12
 
 
 def test_the_bound_of_the_curvature_holds() -> None:

@@ -107,3 +107,13 @@ def test_few_bits_carry_most_of_a_digit() -> None:
     trained, random = main_of("07_quantised_bottleneck.py")(["--levels", "4", "--epochs", "8"])
     assert trained > 0.8
     assert trained > random + 0.05
+
+
+def test_factors_of_faces_are_drawn_and_know_strangers_better_than_pixels_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = tmp_path / "factors.png"
+    score = main_of("08_factors_of_faces.py")(["--epochs", "15", "--out", str(picture)])
+    by_pixels = float(re.findall(r"0\.\d+", capsys.readouterr().out.splitlines()[-1])[-1])
+    assert score > by_pixels + 0.02
+    assert picture.read_bytes()[:4] == b"\x89PNG"

@@ -33,18 +33,40 @@ class Pull:
     like: Tensor
     sparsity: float = 0.0
 
+    @torch.no_grad()
     def slope(self, s: Tensor) -> Tensor:
         """The gradient by the codes, (m, r)."""
         s = as_images(s, self.like)
+        found = self._head_slope(s)
+        if self.decoder is not None:
+            gram, cross = self._decoding
+            found = found + (s.flatten(1) @ gram - cross).view_as(s)
+        few = self._towards_few
+        return as_rows(found) if few is None else as_rows(found) + few
+
+    def _head_slope(self, s: Tensor) -> Tensor:
+        """Of the loss alone; s and the slope in the form that the head takes."""
+        if self._only_layer is not None:
+            return (self.objective.gradient(self.head(s), self.y) @ self._only_layer.weight).view_as(s)
         with torch.enable_grad():
             leaf = s.detach().requires_grad_()
             z = self.head(leaf)
             (found,) = torch.autograd.grad(z, leaf, self.objective.gradient(z.detach(), self.y))
-        if self.decoder is not None:
-            missing = self.decoder(s.flatten(1)) - self.x
-            found = found + (2 * self.decoder_weight * (missing @ self.decoder.weight)).view_as(s)
-        rows = as_rows(found.detach())
-        return rows if self._towards_few is None else rows + self._towards_few
+        return found
+
+    @cached_property
+    def _only_layer(self) -> nn.Linear | None:
+        """The head's only layer, if flattening is all that the others do: its slope needs no graph."""
+        layers = [layer for layer in self.head.modules() if not isinstance(layer, (nn.Sequential, nn.Identity))]
+        rest = [layer for layer in layers if not isinstance(layer, nn.Flatten)]
+        return rest[0] if len(rest) == 1 and isinstance(rest[0], nn.Linear) else None
+
+    @cached_property
+    def _decoding(self) -> tuple[Tensor, Tensor]:
+        """The decoder's slope is flat codes times the first, less the second; no iteration sees the width k."""
+        assert self.decoder is not None
+        double = 2 * self.decoder_weight * self.decoder.weight.detach()
+        return self.decoder.weight.detach().T @ double, (self.x - self.decoder.bias.detach()) @ double
 
     @cached_property
     def _towards_few(self) -> Tensor | None:

@@ -41,11 +41,11 @@ RACES = {
     "mnist": Race((300, 300), 45.0),
     "fashion-mnist": Race((300, 300), 45.0),
     "higgs": Race((300,), 20.0, 256),
-    "mnist-wide": Race((1500, 1500, 1500), 240.0),
-    "mnist-deep": Race((600,) * 10, 240.0),
+    "mnist-wide": Race((1500, 1500, 1500), 120.0),
+    "mnist-deep": Race((600,) * 10, 120.0),
 }
 RATES, SMOOTHINGS = (1e-3, 3e-3, 3e-4), (0.1, 0.0)
-EVALUATIONS = 12
+EVALUATIONS, OF_TRIALS = 10, 2
 ENTRIES: dict[str, Make] = {
     "adam": Adam,
     "block-admm, alpha beta = 1, one sweep of one step: backpropagation": BlockADMM,
@@ -109,7 +109,9 @@ def seconds_a_step(make: Make, set_: data.Dataset, race: Race, loss: losses.Loss
     return statistics.mean(sorted(taken[5:])[:-5])
 
 
-def run(make: Make, set_: data.Dataset, race: Race, seed: int, seconds: float, pace: float, **more: Any) -> Run:
+def run(
+    make: Make, set_: data.Dataset, race: Race, seed: int, seconds: float, pace: float, looks: int, **more: Any
+) -> Run:
     loss = losses.auto(set_.task)
     steps = max(20, int(seconds / pace))
     training = make(schedule="cosine", schedule_steps=steps, **more).bind(model(set_, race, seed), loss)
@@ -120,7 +122,7 @@ def run(make: Make, set_: data.Dataset, race: Race, seed: int, seconds: float, p
         batch_size=race.batch_size,
         seed=seed,
         steps=steps,
-        evaluate_every=max(1, steps // EVALUATIONS),
+        evaluate_every=max(1, steps // looks),
     )
     return Run(history, steps)
 
@@ -132,8 +134,8 @@ class Pace:
         self._make, self._set, self._race = make, set_, race
         self._seconds = seconds_a_step(make, set_, race, losses.auto(set_.task))
 
-    def run(self, seed: int, seconds: float, **more: Any) -> Run:
-        found = run(self._make, self._set, self._race, seed, seconds, self._seconds, **more)
+    def run(self, seed: int, seconds: float, looks: int = EVALUATIONS, **more: Any) -> Run:
+        found = run(self._make, self._set, self._race, seed, seconds, self._seconds, looks, **more)
         self._seconds = found.seconds / found.steps
         return found
 
@@ -144,7 +146,7 @@ def tuned(pace: Pace, race: Race) -> dict[str, float]:
 
     def score(lr: float, smoothing: float) -> float:
         if (lr, smoothing) not in scores:
-            found = pace.run(100, race.seconds / 3, lr=lr, label_smoothing=smoothing)
+            found = pace.run(100, race.seconds / 3, OF_TRIALS, lr=lr, label_smoothing=smoothing)
             scores[lr, smoothing] = found.validation
             print(f"    lr {lr:g}, smoothing {smoothing:g}: validation {found.validation:.4f}", flush=True)
         return scores[lr, smoothing]

@@ -109,7 +109,7 @@ def test_contrast_tends_to_the_implicit_derivative(
 
 def test_sweeps_converge_to_the_envelope() -> None:
     batch = _rows()
-    settings: dict[str, Any] = {"coupling": 2.0, "decoder": 0.5, "code_steps": 400}
+    settings: dict[str, Any] = {"coupling": 2.0, "decoder": 0.5}
 
     class _Last(_Kept):
         """The last direction alone; the weights stand still."""
@@ -117,8 +117,9 @@ def test_sweeps_converge_to_the_envelope() -> None:
         def step(self, closure: object = None) -> None:  # type: ignore[override]
             self.given = [[one.grad.clone() for one in self.param_groups[0]["params"]]]
 
-    wanted = _given(_stepped(DeepFacto(through="envelope", optimizer=_Kept, **settings), _network(), batch), "encoder")
-    recipe = DeepFacto(through="block-admm", sweeps=150, dual_step=1.0, optimizer=_Last, **settings)
+    envelope = DeepFacto(through="envelope", code_steps=400, optimizer=_Kept, **settings)
+    wanted = _given(_stepped(envelope, _network(), batch), "encoder")
+    recipe = DeepFacto(through="block-admm", sweeps=150, code_steps=40, optimizer=_Last, **settings)
     assert _apart(_given(_stepped(recipe, _network(), batch), "encoder"), wanted) < 1e-6
 
 

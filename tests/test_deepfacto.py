@@ -338,3 +338,16 @@ def test_the_factor_classifier_gives_the_codes_it_decides_by() -> None:
     assert (model.classes_[decided] == model.predict(x)).all()
     assert np.allclose(np.linalg.norm(model.dictionary_, axis=0), 1)
     assert list(model.get_feature_names_out()) == [f"factorclassifier{number}" for number in range(4)]
+
+
+def test_dead_features_are_told() -> None:
+    model, batch = _network(), _rows()
+    training = DeepFacto(lr=1e-3).bind(model, LOSS)
+    training.step(batch)
+    training.sync()  # says nothing: a warning is an error here
+    with torch.no_grad():
+        for parameter in factors.parts(model).encoder.parameters():
+            parameter.copy_(-parameter.abs() - 10)
+    training.step(Batch(batch.x.abs(), batch.y))
+    with pytest.warns(UserWarning, match="all features in front of the NMF layer are 0"):
+        training.sync()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -50,6 +51,7 @@ class FactorsAtWork:
         self._decoding: Block | None = None
         self._variance: Tensor | None = None
         self._step = 0
+        self._dead: Tensor | None = None  # whether the last batch had no feature above 0
 
     # -- a step ------------------------------------------------------------------------------------------------------
 
@@ -76,6 +78,7 @@ class FactorsAtWork:
         free = self._free_codes(a.detach())
         target = self._decoded(x, free)
         metrics = self._figures(a.detach(), free)
+        self._dead = ~a.detach().any()
         through = self._recipe.through
         if through == "implicit":
             metrics |= self._implicit(a, y, target)
@@ -267,8 +270,14 @@ class FactorsAtWork:
     # -- contract ----------------------------------------------------------------------------------------------------
 
     def sync(self) -> None:
-        """Running statistics become rank 0's on every rank; they do not act on the training."""
+        """Running statistics become rank 0's on every rank; they do not act on the training. Warns of dead features."""
         share_from_rank_0(self.model.buffers(), self.group)
+        if self._dead is not None and bool(self._dead):
+            warnings.warn(
+                "deepfacto: all features in front of the NMF layer are 0, and ReLUs do not come back from that; lower "
+                "lr, or reconstruction and coupling (try 0.1 and 10), or centre the input (piecework.nn.Standardise)",
+                stacklevel=2,
+            )
 
     def state_dict(self) -> dict[str, Any]:
         blocks = {"encoder": self._encoder, "head": self._head, "decoder": self._decoding}

@@ -16,6 +16,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,9 @@ from torch import nn
 import piecework
 import report
 from piecework import Adam, Batch, BlockADMM, History, data, losses
+from piecework.group import Group
 from piecework.nn import Standardise
+from piecework.training import Metrics, Training
 
 Make = Callable[..., piecework.Method]
 
@@ -34,6 +37,31 @@ class Race:
     hidden: tuple[int, ...]
     seconds: float
     batch_size: int = 128
+
+
+class RepeatedAdam:
+    """Adam, so many steps on each mini-batch in a row: what several local steps have to be better than."""
+
+    def __init__(self, times: int, *, schedule_steps: int = 0, **settings: Any) -> None:
+        self._times, self._recipe = times, Adam(schedule_steps=schedule_steps * times, **settings)
+
+    def bind(self, model: nn.Module, loss: losses.Loss, *, group: Group | None = None) -> Training[Batch]:
+        return _Repeated(self._recipe.bind(model, loss, group=group), self._times)
+
+
+class _Repeated:
+    def __init__(self, training: Training[Batch], times: int) -> None:
+        self._training, self._times = training, times
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._training, name)
+
+    def step(self, batch: Batch) -> Metrics:
+        """The figures of the first step: later ones have seen these rows."""
+        metrics = self._training.step(batch)
+        for _ in range(self._times - 1):
+            self._training.step(batch)
+        return metrics
 
 
 RACES = {
@@ -50,6 +78,7 @@ ENTRIES: dict[str, Make] = {
     "adam": Adam,
     "block-admm, alpha beta = 1, one sweep of one step: backpropagation": BlockADMM,
     "block-admm, 2 local steps": lambda **more: BlockADMM(local_steps=2, **more),
+    "adam, each batch twice": partial(RepeatedAdam, 2),
     "block-admm, 3 local steps": lambda **more: BlockADMM(local_steps=3, **more),
     "block-admm, 2 sweeps, alpha beta 0.5, beta 0.1": lambda **more: BlockADMM(
         sweeps=2, alpha_beta=0.5, beta=0.1, **more

@@ -4,10 +4,10 @@ Networks see a weak label: parity, a coarse garment, or who is in the picture. T
 the garment, the attributes of faces never seen, or whether two pictures are of one person never seen.
 
 All rows of a table share encoder, start, mini-batches, epochs, rate, smoothing of labels and weight of the decoder.
-Settings were chosen on validation rows. Of digits, the 500 test rows are the same for every seed, and
-no training or choice has seen them; training and validation rows are drawn anew from the other 1297. Cartoon faces are
-drawn anew, people included; settings were chosen on validation rows of seeds from 100. On Olivetti nothing was chosen:
-the settings are those of the cartoon faces. Factors and probes are fitted on training rows."""
+Settings were chosen on validation rows. Of digits, the 500 test rows are the same for every seed, and no training or
+choice has seen them; training and validation rows are drawn anew from the other 1297. Cartoon faces are drawn anew,
+people included; settings were chosen on the unseen people of other draws, seeds from 100. On Olivetti nothing was
+chosen: the settings are those of the cartoon faces. Factors and probes are fitted on training rows."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from kept import Kept
 from piecework import Adam, Batch, BlockADMM, losses
 from piecework.group import Group, Solo
 from piecework.methods.block_admm.at_work import BlocksAtWork
@@ -39,24 +40,12 @@ def _still(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.0)
 
 
-class _Kept(torch.optim.SGD):
-    """Plain gradient descent that keeps what it was given."""
-
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float = 0.0) -> None:
-        super().__init__(parameters, lr=lr)
-        self.given: list[list[Tensor]] = []
-
-    def step(self, closure: object = None) -> None:  # type: ignore[override]
-        self.given.append([one.grad.clone() for one in self.param_groups[0]["params"]])
-        super().step()
-
-
 def _gradients(training: BlocksAtWork, number: int = 0) -> list[Tensor]:
     """What the optimisers of all blocks were given in their step of this number, in the model's order."""
     found = []
     for block in training._blocks:
         if block.optimizer is not None:
-            assert isinstance(block.optimizer, _Kept)
+            assert isinstance(block.optimizer, Kept)
             found += block.optimizer.given[number]
     return found
 
@@ -84,7 +73,7 @@ def test_one_sweep_is_backpropagation_for_any_penalty_and_any_cut(
 ) -> None:
     model, batch = _network(), _rows(n)
     recipe = BlockADMM(
-        at=tuple(sorted(cuts)), blocks=None if cuts else 1, beta=10**exponent, recompute=recompute, optimizer=_Kept
+        at=tuple(sorted(cuts)), blocks=None if cuts else 1, beta=10**exponent, recompute=recompute, optimizer=Kept
     )
     wanted = _true(model, batch)
     training = recipe.bind(model, LOSS)
@@ -96,7 +85,7 @@ def test_one_sweep_is_backpropagation_for_any_penalty_and_any_cut(
 def test_a_large_penalty_costs_no_digits_in_float32(beta: float) -> None:
     model, batch = _network(activation="relu", dtype=torch.float32), _rows(dtype=torch.float32)
     wanted = _true(model, batch)
-    training = BlockADMM(beta=beta, optimizer=_Kept).bind(model, LOSS)
+    training = BlockADMM(beta=beta, optimizer=Kept).bind(model, LOSS)
     training.step(batch)
     assert _worst(_gradients(training), wanted) < 1e-5
 
@@ -104,7 +93,7 @@ def test_a_large_penalty_costs_no_digits_in_float32(beta: float) -> None:
 def test_each_cut_may_have_its_own_penalty() -> None:
     model, batch = _network(depth=4), _rows()
     wanted = _true(model, batch)
-    training = BlockADMM(beta=(0.1, 37.0, 1e4), optimizer=_Kept).bind(model, LOSS)
+    training = BlockADMM(beta=(0.1, 37.0, 1e4), optimizer=Kept).bind(model, LOSS)
     training.step(batch)
     assert _worst(_gradients(training), wanted) < 1e-12
 
@@ -132,7 +121,7 @@ def test_an_adam_for_each_block_is_one_adam(blocks: int) -> None:
 def test_a_shorter_step_scales_the_signal_by_its_power() -> None:
     model, batch = _network(), _rows()
     wanted = _true(model, batch)
-    training = BlockADMM(alpha_beta=0.1, beta=3.0, optimizer=_Kept).bind(model, LOSS)
+    training = BlockADMM(alpha_beta=0.1, beta=3.0, optimizer=Kept).bind(model, LOSS)
     training.step(batch)
     found = _gradients(training)
     for number in range(6):
@@ -179,7 +168,7 @@ def test_without_duals_the_error_is_biased_as_one_over_the_penalty() -> None:
     for beta in penalties:
         model, batch = _network(depth=3), _rows()
         wanted = _true(model, batch)
-        training = BlockADMM(sweeps=300, alpha_beta=0.5, beta=beta, optimizer=_Kept, probe_every=0).bind(model, LOSS)
+        training = BlockADMM(sweeps=300, alpha_beta=0.5, beta=beta, optimizer=Kept, probe_every=0).bind(model, LOSS)
         training.step(batch)
         biases.append(_worst(_gradients(training, -1), wanted))
     slopes = [
@@ -190,10 +179,10 @@ def test_without_duals_the_error_is_biased_as_one_over_the_penalty() -> None:
 
 def test_keeping_every_row_is_going_on_with_its_sweeps() -> None:
     model, batch = _network(depth=4), _rows()
-    kept = BlockADMM(mode="batch", dual_step=0.7, alpha_beta=0.3, optimizer=_Kept, probe_every=0).bind(model, LOSS)
+    kept = BlockADMM(mode="batch", dual_step=0.7, alpha_beta=0.3, optimizer=Kept, probe_every=0).bind(model, LOSS)
     for _ in range(7):
         kept.step(batch)
-    swept = BlockADMM(sweeps=7, dual_step=0.7, alpha_beta=0.3, optimizer=_Kept, probe_every=0).bind(model, LOSS)
+    swept = BlockADMM(sweeps=7, dual_step=0.7, alpha_beta=0.3, optimizer=Kept, probe_every=0).bind(model, LOSS)
     swept.step(batch)
     assert _worst(_gradients(kept, 6), _gradients(swept, 6)) < 1e-10
 
@@ -226,7 +215,7 @@ def test_batch_normalisation_sees_the_batch_in_every_evaluation_and_moves_once()
     model, other, batch = network(), network(), _rows()
     wanted = _true(other, batch)
     for recompute in (False, True):
-        training = BlockADMM(recompute=recompute, optimizer=_Kept).bind(model, LOSS)
+        training = BlockADMM(recompute=recompute, optimizer=Kept).bind(model, LOSS)
         model.load_state_dict(network().state_dict())
         training.step(batch)
         vectors = [torch.cat([one.flatten() for one in tensors]) for tensors in (_gradients(training), wanted)]
@@ -244,7 +233,7 @@ def test_dropout_masks_are_the_same_in_all_evaluations_of_a_step() -> None:
 
     found = []
     for recompute, sweeps in ((False, 1), (True, 1), (True, 2)):
-        recipe = BlockADMM(recompute=recompute, sweeps=sweeps, optimizer=_Kept, probe_every=0, seed=4, beta=1e6)
+        recipe = BlockADMM(recompute=recompute, sweeps=sweeps, optimizer=Kept, probe_every=0, seed=4, beta=1e6)
         training = recipe.bind(network(), LOSS)
         training.step(_rows())
         found.append(_gradients(training, sweeps - 1))
@@ -319,7 +308,7 @@ def test_frozen_layers_stay_and_what_lies_below_them_learns() -> None:
     model, batch = _network(depth=4), _rows()
     model[2].requires_grad_(False)
     start = [one.detach().clone() for one in model.parameters()]
-    training = BlockADMM(optimizer=_Kept).bind(model, LOSS)
+    training = BlockADMM(optimizer=Kept).bind(model, LOSS)
     wanted = _true(model, batch)
     training.step(batch)
     assert _worst(_gradients(training), wanted) < 1e-12

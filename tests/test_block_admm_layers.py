@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from kept import Kept
 from piecework import Batch, BlockADMM, CannotTrain, losses
 from piecework.group import Group, Solo
 from piecework.methods.block_admm.at_work import BlocksAtWork
@@ -65,18 +65,6 @@ def test_the_candidates_of_a_black_box_come_from_a_seed_and_leave_the_global_gen
     assert not torch.equal(moved(0, 1), moved(1, 1))
 
 
-class _Kept(torch.optim.SGD):
-    """Plain gradient descent that keeps what it was given."""
-
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float = 0.0) -> None:
-        super().__init__(parameters, lr=lr)
-        self.given: list[list[Tensor]] = []
-
-    def step(self, closure: object = None) -> None:  # type: ignore[override]
-        self.given.append([one.grad.clone() for one in self.param_groups[0]["params"]])
-        super().step()
-
-
 def _given(training: Any, block: int, number: int = 0) -> list[Tensor]:
     """What the optimiser of a block was given in its step of this number."""
     given: list[Tensor] = training._blocks[block].optimizer.given[number]
@@ -95,7 +83,7 @@ def _codewords(k: int = 9, d: int = 7) -> Tensor:
 def test_codewords_get_the_gradient_of_backpropagation(prox: Any) -> None:
     model, batch = _around(VectorQuantiser(_codewords())), _rows()
     (wanted,) = torch.autograd.grad(LOSS(model(batch.x), batch.y), [model[1].codebook])
-    training = BlockADMM(beta=0.01, prox=prox, optimizer=_Kept).bind(model, LOSS)
+    training = BlockADMM(beta=0.01, prox=prox, optimizer=Kept).bind(model, LOSS)
     training.step(batch)
     assert _close(_given(training, 1)[0], wanted)
 
@@ -213,7 +201,7 @@ def test_the_step_is_the_written_out_one(prox: Any, duals: bool) -> None:
     beta = [0.02, 0.03, 0.05, 0.01]
     wanted = _written_out(model, batch, beta, prox, duals)
     more: dict[str, Any] = {"sweeps": 2, "dual_step": 1.0} if duals else {}
-    training = _bound(BlockADMM(beta=tuple(beta), prox=prox, optimizer=_Kept, **more), model)
+    training = _bound(BlockADMM(beta=tuple(beta), prox=prox, optimizer=Kept, **more), model)
     training.step(batch)
     for block, weights in zip((4, 2, 0), wanted, strict=True):
         given = _given(training, block, 1 if duals else 0)
@@ -228,7 +216,7 @@ def test_with_a_large_penalty_a_dithered_sign_is_the_straight_through_estimator(
     passed = out + (a.clamp(-clip, clip) - a.clamp(-clip, clip).detach()) / clip
     signed = passed + (model[1](a) - passed).detach()
     wanted = torch.autograd.grad(LOSS(model[2](signed), batch.y), list(model[0].parameters()))
-    training = _bound(BlockADMM(beta=1e6, optimizer=_Kept), model)
+    training = _bound(BlockADMM(beta=1e6, optimizer=Kept), model)
     training.step(batch)
     assert all(_close(one, other, 1e-6) for one, other in zip(_given(training, 0), wanted, strict=True))
 
@@ -238,7 +226,7 @@ def test_with_a_large_penalty_sorting_is_backpropagation() -> None:
     for beta in (1e2, 1e6):
         model, batch = _around(Sort()), _rows()
         wanted = torch.autograd.grad(LOSS(model(batch.x), batch.y), list(model[0].parameters()))
-        training = _bound(BlockADMM(beta=beta, optimizer=_Kept), model)
+        training = _bound(BlockADMM(beta=beta, optimizer=Kept), model)
         training.step(batch)
         pairs = zip(_given(training, 0), wanted, strict=True)
         errors.append(max(float((one - other).norm() / other.norm()) for one, other in pairs))

@@ -13,6 +13,7 @@ import torch
 from sklearn.datasets import load_iris
 from torch import Tensor, nn
 
+from kept import Kept
 from piecework import Batch, BlockADMM, CannotTrain, DeepFacto, FactorClassifier, factors, losses
 from piecework.group import Group
 from piecework.methods.deepfacto.at_work import FactorsAtWork
@@ -25,17 +26,6 @@ from piecework.testing import threads
 from piecework.training import BadInput
 
 LOSS = losses.Softmax()
-
-
-class _Kept(torch.optim.SGD):
-    """No descent: keeps what it was given."""
-
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        super().__init__(parameters, lr=0.0)
-        self.given: list[list[Tensor]] = []
-
-    def step(self, closure: object = None) -> None:  # type: ignore[override]
-        self.given.append([one.grad.clone() for one in self.param_groups[0]["params"]])
 
 
 def _network(seed: int = 0, *, hidden: tuple[int, ...] = (24,), rank: int = 3) -> nn.Sequential:
@@ -62,7 +52,7 @@ def _stepped(recipe: DeepFacto, model: nn.Sequential, batch: Batch) -> FactorsAt
 def _given(training: FactorsAtWork, part: str) -> list[Tensor]:
     block = {"encoder": training._encoder, "head": training._head, "decoder": training._decoding}[part]
     assert block is not None
-    assert isinstance(block.optimizer, _Kept)
+    assert isinstance(block.optimizer, Kept)
     return [sum(columns) for columns in zip(*block.optimizer.given, strict=True)]
 
 
@@ -74,7 +64,7 @@ def _apart(found: Iterable[Tensor], wanted: Iterable[Tensor]) -> float:
 
 def test_implicit_is_the_derivative_of_the_whole_loss() -> None:
     model, batch = _network(), _rows()
-    training = _stepped(DeepFacto(through="implicit", reconstruction=0.7, decoder=0.0, optimizer=_Kept), model, batch)
+    training = _stepped(DeepFacto(through="implicit", reconstruction=0.7, decoder=0.0, optimizer=Kept), model, batch)
     twin = _network()
     found = factors.parts(twin)
     with torch.no_grad():
@@ -97,7 +87,7 @@ def test_contrast_tends_to_the_implicit_derivative(
 ) -> None:
     """From where the active set no longer changes."""
     batch = _rows(3)
-    settings: dict[str, Any] = {"reconstruction": 0.3, "decoder": 0.0, "optimizer": _Kept}
+    settings: dict[str, Any] = {"reconstruction": 0.3, "decoder": 0.0, "optimizer": Kept}
     wanted = _given(_stepped(DeepFacto(through="implicit", **settings), _network(), batch), "encoder")
     errors = []
     for coupling in couplings:
@@ -111,13 +101,13 @@ def test_sweeps_converge_to_the_envelope() -> None:
     batch = _rows()
     settings: dict[str, Any] = {"coupling": 2.0, "decoder": 0.5}
 
-    class _Last(_Kept):
+    class _Last(Kept):
         """The last direction alone; the weights stand still."""
 
         def step(self, closure: object = None) -> None:  # type: ignore[override]
             self.given = [[one.grad.clone() for one in self.param_groups[0]["params"]]]
 
-    envelope = DeepFacto(through="envelope", code_steps=400, optimizer=_Kept, **settings)
+    envelope = DeepFacto(through="envelope", code_steps=400, optimizer=Kept, **settings)
     wanted = _given(_stepped(envelope, _network(), batch), "encoder")
     recipe = DeepFacto(through="block-admm", sweeps=150, code_steps=40, optimizer=_Last, **settings)
     assert _apart(_given(_stepped(recipe, _network(), batch), "encoder"), wanted) < 1e-6
@@ -176,7 +166,7 @@ def test_the_bound_of_the_curvature_holds() -> None:
 @pytest.mark.parametrize("through", ["block-admm", "envelope", "contrast", "implicit"])
 def test_the_head_and_the_decoder_learn_from_codes_without_a_label(through: str) -> None:
     model, batch = _network(), _rows()
-    training = _stepped(DeepFacto(through=through, decoder=0.8, optimizer=_Kept), model, batch)  # type: ignore[arg-type]
+    training = _stepped(DeepFacto(through=through, decoder=0.8, optimizer=Kept), model, batch)  # type: ignore[arg-type]
     twin = _network()
     found = factors.parts(twin)
     decoder = nn.Linear(3, 5, dtype=torch.float64)
@@ -312,7 +302,7 @@ def test_a_dictionary_moves_once_a_step_of_block_admm_and_its_gradient_is_that_o
     model, twin, batch = _network(), _network(), _rows()
     for one in (model, twin):
         factors.parts(one).nmf.initialise(factors.parts(one).encoder(batch.x).detach())
-    training = BlockADMM(sweeps=1, optimizer=_Kept, recompute=True, probe_every=0).bind(model, LOSS)
+    training = BlockADMM(sweeps=1, optimizer=Kept, recompute=True, probe_every=0).bind(model, LOSS)
     training.step(batch)
     wanted = torch.autograd.grad(LOSS(twin(batch.x), batch.y), list(twin.parameters()))
     given = [tensor for block in training._blocks for tensor in block.optimizer.given[0]]  # type: ignore[attr-defined]

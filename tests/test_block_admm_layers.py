@@ -134,7 +134,8 @@ def test_a_last_layer_without_a_derivative_is_refused(layer: nn.Module) -> None:
 def test_one_call_trains_below_every_layer_without_a_derivative(prox: Any) -> None:
     """Each layer in a network of its own, against the same network where nothing below the layer learns."""
     for make in (
-        *(Sign, partial(Sign, dither=0), partial(TopK, 3), Sort, partial(Quantiser, 5), NonNegative, Simplex, OneHot),
+        *(Sign, partial(Sign, dither=0), Sort, partial(Quantiser, 5), NonNegative, Simplex, OneHot),
+        *(partial(TopK, 3), partial(TopK, 3, exchange=True)),
         *(partial(VectorQuantiser, _codewords()), partial(BlackBox, torch.floor, candidates=8)),
     ):
         ends = []
@@ -195,9 +196,10 @@ def _written_out(model: nn.Sequential, batch: Batch, beta: list[float], prox: st
 
 @pytest.mark.parametrize("prox", ["linear", "exact"])
 @pytest.mark.parametrize("duals", [False, True])
-def test_the_step_is_the_written_out_one(prox: Any, duals: bool) -> None:
+@pytest.mark.parametrize("exchange", [False, True])
+def test_the_step_is_the_written_out_one(prox: Any, duals: bool, exchange: bool) -> None:
     """Linear, Sign, Linear, TopK, Linear: forward, targets from the last block down, a gradient a block."""
-    model, batch = nn.Sequential(*_around(Sign()), TopK(2), _linear(3, 3, 4)), _rows()
+    model, batch = nn.Sequential(*_around(Sign()), TopK(2, exchange=exchange), _linear(3, 3, 4)), _rows()
     beta = [0.02, 0.03, 0.05, 0.01]
     wanted = _written_out(model, batch, beta, prox, duals)
     more: dict[str, Any] = {"sweeps": 2, "dual_step": 1.0} if duals else {}
@@ -232,6 +234,16 @@ def test_with_a_large_penalty_sorting_is_backpropagation() -> None:
         errors.append(max(float((one - other).norm() / other.norm()) for one, other in pairs))
     assert errors[0] > 1e-3
     assert errors[1] < 1e-8
+
+
+@pytest.mark.parametrize("beta", [1e-2, 1e2])
+@pytest.mark.parametrize("by", ["value", "magnitude"])
+def test_with_any_penalty_the_kept_entries_are_backpropagation(by: str, beta: float) -> None:
+    model, batch = _around(TopK(2, by=by)), _rows()
+    wanted = torch.autograd.grad(LOSS(model(batch.x), batch.y), list(model[0].parameters()))
+    training = _bound(BlockADMM(beta=beta, optimizer=Kept), model)
+    training.step(batch)
+    assert all(_close(one, other) for one, other in zip(_given(training, 0), wanted, strict=True))
 
 
 RECIPES = {

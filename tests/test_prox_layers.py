@@ -269,7 +269,7 @@ def _gaps(reached: Tensor, least: Tensor, staying: Tensor) -> tuple[float, float
 def test_the_top_k_step_misses_the_best_set_of_at_most_one_row_in_200(by: str, mode: str) -> None:
     generator, reached, least, staying = torch.Generator().manual_seed(6), [], [], []
     for size, k in ((2, 1), (3, 1), (3, 2), (5, 2), (5, 3), (6, 2)):
-        layer = TopK(k, by=by, margin=SMALL)
+        layer = TopK(k, by=by, margin=SMALL, exchange=True)
         v, b = _normal(generator, 2, 100, size)
         beta_in, beta_out = _penalties(generator)
         cost = _cost(layer, mode, v, b, beta_in, beta_out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -15,37 +16,47 @@ class TopK(nn.Module):
     """Keeps the k largest entries of each row, and puts zeros elsewhere.
 
     by: "value" or "magnitude". margin: in units of x, how far apart the proximal step keeps kept entries and others
-    where it changes which are kept. Among equal entries the choice is arbitrary. Backpropagation gets the derivative
+    where it changes which are kept. exchange: whether the linearised proximal step changes it; without, it moves the
+    kept entries as if they stayed so. Among equal entries the choice is arbitrary. Backpropagation gets the derivative
     of the kept entries, and learns nothing about the choice. Raises BadInput for k < 1, for a row with fewer than k
     entries, for another `by` and for a margin that is not positive."""
 
-    def __init__(self, k: int, *, by: str = "value", margin: float = 1e-3) -> None:
+    def __init__(self, k: int, *, by: str = "value", margin: float = 1e-3, exchange: bool = False) -> None:
         super().__init__()
         if k < 1:
             raise BadInput(f"at least one entry must be kept, got k={k}")
         if by not in ("value", "magnitude"):
             raise BadInput(f"by is 'value' or 'magnitude', got {by!r}")
-        self.k, self.by, self.margin = k, by, positive("margin", margin)
+        self.k, self.by, self.margin, self.exchange = k, by, positive("margin", margin), exchange
 
     def forward(self, x: Tensor) -> Tensor:
         self._check(x)
-        return layer_prox.keep_largest(x, self.k, magnitude=self.by == "magnitude")
+        return layer_prox.keep_largest(x, self.k, magnitude=self._by_magnitude)
 
     def prox_input(self, v: Tensor, b: Tensor, beta_in: float, beta_out: float) -> Tensor:
         """By turns the best set for a level and the best level for a set: not exact, never worse than v."""
         return self._prox(v, towards(v, b, beta_in, beta_out), beta_in)
 
     def prox_input_linear(self, v: Tensor, gradient: Tensor, beta_in: float) -> Tensor:
-        """As good as `prox_input`."""
-        return self._prox(v, along(v, gradient, beta_in), beta_in)
+        """A gradient step of the kept entries; with `exchange` as good as `prox_input`."""
+        price = along(v, gradient, beta_in)
+        if self.exchange:
+            return self._prox(v, price, beta_in)
+        self._check(v)
+        kept = layer_prox.largest(v.detach(), self.k, magnitude=self._by_magnitude)
+        return torch.where(kept, price.minimiser(v.detach(), beta_in), v.detach())
 
     def _prox(self, v: Tensor, price: Price, beta_in: float) -> Tensor:
         self._check(v)
 
         def solve(v: Tensor, price: Price) -> Tensor:
-            return layer_prox.top_k(v, self.k, price, beta_in, self.margin, magnitude=self.by == "magnitude")
+            return layer_prox.top_k(v, self.k, price, beta_in, self.margin, magnitude=self._by_magnitude)
 
         return by_rows(solve, v, price)
+
+    @property
+    def _by_magnitude(self) -> bool:
+        return self.by == "magnitude"
 
     def _check(self, x: Tensor) -> None:
         if x.dim() == 0 or x.shape[-1] < self.k:

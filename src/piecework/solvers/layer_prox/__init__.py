@@ -18,7 +18,7 @@ from .elements import clipped, nonnegative, quantiser, sign
 from .isotonic import isotonic, sort
 from .price import Price, along, towards
 from .simplex import project, simplex
-from .winners import keep_largest, one_hot, top_k
+from .winners import keep_largest, largest, one_hot, top_k
 
 __all__ = [
     "Price",
@@ -27,6 +27,7 @@ __all__ = [
     "clipped",
     "isotonic",
     "keep_largest",
+    "largest",
     "nearest",
     "nonnegative",
     "one_hot",

@@ -126,8 +126,13 @@ class _TopK:
 
 def keep_largest(x: Tensor, k: int, *, magnitude: bool) -> Tensor:
     """The k largest entries of each row (the last dimension), by size or by magnitude; zeros elsewhere."""
-    chosen = (x.abs() if magnitude else x).topk(k, -1, sorted=False).indices
-    return torch.zeros_like(x).scatter(-1, chosen, x.gather(-1, chosen))
+    return torch.where(largest(x, k, magnitude=magnitude), x, 0.0)
+
+
+def largest(x: Tensor, k: int, *, magnitude: bool) -> Tensor:
+    """Bool of the shape of x: which are the k largest entries of each row."""
+    chosen = (x.detach().abs() if magnitude else x.detach()).topk(k, -1, sorted=False).indices
+    return torch.zeros_like(x, dtype=torch.bool).scatter_(-1, chosen, True)
 
 
 def _above(x: Tensor) -> Tensor:

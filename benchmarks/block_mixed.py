@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from piecework import Adam, Batch, BlockADMM, data, losses
 from piecework.models import mlp
 from piecework.nn import Quantiser, Sign, Sort, Standardise, TopK
 from piecework.training import Training
+from repeated import RepeatedAdam
 from trials import Course, Entry
 
 LOSS = losses.Softmax()
@@ -27,8 +29,8 @@ RATES = (3e-3, 1e-2, 3e-2)
 BETAS = (0.3, 3.0, 30.0, 300.0)
 LEVELS = 8
 COURSES = {
-    "digits": (100, {"epochs": 20, "batch_size": 64, "seeds": 3, "tuning_seeds": 2}),
-    "mnist": (200, {"epochs": 2, "batch_size": 128, "seeds": 3, "tuning_seeds": 1, "tuning_epochs": 1}),
+    "digits": (100, {"epochs": 20, "batch_size": 64, "seeds": 5, "tuning_seeds": 4}),
+    "mnist": (200, {"epochs": 2, "batch_size": 128, "seeds": 5, "tuning_seeds": 2}),
 }
 
 
@@ -54,19 +56,21 @@ def entries(set_: data.Dataset, width: int) -> list[Entry]:
         model[-1].requires_grad_(True)
         return Adam(lr=lr, schedule="cosine", schedule_steps=steps).bind(model, LOSS)
 
-    def invented(seed: int, steps: int, *, lr: float) -> Training[Batch]:
+    def invented(times: int, seed: int, steps: int, *, lr: float) -> Training[Batch]:
         model = make(seed, sign=StraightThroughSign, quantiser=StraightThroughQuantiser)
-        return Adam(lr=lr, schedule="cosine", schedule_steps=steps).bind(model, LOSS)
+        return RepeatedAdam(times, lr=lr, schedule="cosine", schedule_steps=steps).bind(model, LOSS)
 
-    def ours(more: dict[str, str], seed: int, steps: int, *, lr: float, beta: float) -> Training[Batch]:
-        recipe = BlockADMM(lr=lr, beta=beta, schedule="cosine", schedule_steps=steps, probe_every=0, **more)  # type: ignore[arg-type]
+    def ours(more: dict[str, Any], seed: int, steps: int, *, lr: float, beta: float) -> Training[Batch]:
+        recipe = BlockADMM(lr=lr, beta=beta, schedule="cosine", schedule_steps=steps, probe_every=0, **more)
         return recipe.bind(make(seed, sign=Sign, quantiser=Quantiser), LOSS)
 
     rates, both = {"lr": RATES}, {"lr": RATES, "beta": BETAS}
     return [
         Entry("last layer only", last, rates),
-        Entry("Adam; straight through sign and quantiser, masked top-k, permuted sort", invented, rates),
+        Entry("Adam; straight through sign and quantiser, masked top-k, permuted sort", partial(invented, 1), rates),
+        Entry("the same, each batch twice", partial(invented, 2), rates),
         Entry("block-ADMM", partial(ours, {}), both),
+        Entry("block-ADMM, 2 local steps", partial(ours, {"local_steps": 2}), both),
         Entry("block-ADMM, exact steps", partial(ours, {"prox": "exact"}), both),
     ]
 

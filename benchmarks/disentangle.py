@@ -182,7 +182,7 @@ TASKS = {
         OF_FACES,
         "contrast",
         "unseen",
-        3,
+        10,
         "contrast",
     ),
     "olivetti": Task(

@@ -37,7 +37,8 @@ class LinearProxLayer(ProxLayer, Protocol):
     def prox_input_linear(self, v: Tensor, gradient: Tensor, beta_in: float) -> Tensor:
         """argmin over a of beta_in/2 ||a - v||^2 + <gradient, forward(a)>, row by row; same shape as v.
 
-        gradient: of the loss by the output, of the shape of forward(v)."""
+        gradient: of the loss by the output, of the shape of forward(v). A layer may put something smoother in the place
+        of its forward, for it trains better, and says so: with noise on its input, or with the same entries kept."""
         ...
 
 

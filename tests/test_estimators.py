@@ -46,7 +46,7 @@ DIABETES = load_diabetes(return_X_y=True, scaled=False)
         Classifier(method=Adam(lr=2e-2), hidden=(8,), epochs=5, batch_size=16, dtype="float64"),
         Classifier(method=LBFGS(), hidden=(8,), loss="softmax", steps=8, validation=0.2, patience=4),
         Regressor(GaussNewton(), hidden=(5,), activation="tanh", dtype="float64", steps=8),
-        FactorClassifier(DeepFacto(lr=0.03), factors=4, hidden=(24,), epochs=15, batch_size=16),
+        FactorClassifier(DeepFacto(lr=0.03, code_steps=5), factors=4, hidden=(24,), epochs=15, batch_size=32),
     ]
 )
 def test_scikit_learn_finds_nothing_to_object_to(estimator: Any, check: Any) -> None:

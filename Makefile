@@ -22,7 +22,7 @@ demo: $(VENV)/installed
 		echo "The figure is $$folder/compare.png"
 
 test: $(VENV)/installed-test
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 lint: $(VENV)/installed-lint
 	$(RUN) -m ruff check .

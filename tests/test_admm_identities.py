@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from chains import bind, chain, curved, quarters, randn, sweeps
 from piecework import losses
 from piecework.methods.admm import passes
+from piecework.methods.admm.activations import Activation, activation_of
 from piecework.methods.admm.network import read
 from piecework.methods.admm.sweep import PROJECTION_RIDGE
 from piecework.methods.admm.tiles import GramSum, Tiles
@@ -48,7 +49,7 @@ def _forward(weights: list[Tensor], x: Tensor, h: Callable[[Tensor], Tensor]) ->
 
 
 def _twin_directions(
-    weights: list[Tensor], batch: Batch, *, gamma: float, beta: float, ridge: float, activation: prox.Activation
+    weights: list[Tensor], batch: Batch, *, gamma: float, beta: float, ridge: float, activation: Activation
 ) -> list[Tensor]:
     """D_l of the hidden layers by the published recursion: dense a-update, z' whole, subtraction at the end."""
     a, z = _forward(weights, batch.x, activation.forward)
@@ -83,7 +84,7 @@ def test_directions_are_those_of_the_published_recursion(activation: str, gamma:
     training = bind(chain(*DEEP, activation=activation), gamma=gamma, beta=0.8, ridge=0.3, tile=64)
     sweeps(training, batch, 1)
     sums = _sums(training, batch)
-    known = prox.activation_of(training.model[1])
+    known = activation_of(training.model[1])
     assert known is not None
     twin = _twin_directions(training._weights, batch, gamma=gamma, beta=0.8, ridge=0.3, activation=known)
     for l, expected in enumerate(twin):

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from piecework.methods.admm.activations import Activation, activation_of
 from piecework.nn import HardSigmoid, Sign
 from piecework.solvers import prox
-from piecework.solvers.prox import Activation, activation_of
 
 MODULES: dict[str, nn.Module] = {
     "relu": nn.ReLU(),

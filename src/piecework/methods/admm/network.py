@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ...layers import layers
 from ...nn import Standardise
-from ...solvers.prox import Activation, activation_of
 from ...training import CannotTrain
+from .activations import Activation, activation_of
 
 WAY_OUT = (
     "ADMM trains nn.Sequential chains of nn.Linear and element-wise activations (ReLU, LeakyReLU, Hardtanh, "

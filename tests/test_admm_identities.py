@@ -97,7 +97,7 @@ def test_directions_are_those_of_the_published_recursion(activation: str, gamma:
 
 
 def test_over_relaxation_is_a_step_along_the_direction() -> None:
-    """(t a^T + rho W)(a a^T + rho I)^-1 with t = z + s (z' - z) is W + s D: the listing of the page and the step."""
+    """(t a^T + rho W)(a a^T + rho I)^-1 with t = z + s (z' - z) is W + s D: as published, and as the step has it."""
     a, w, displacement, s = randn(53, 6), randn(4, 6, seed=1), randn(53, 4, seed=2), 37.0
     gram, rho = a.t() @ a, 0.3
     inverse = torch.linalg.inv(gram + rho * torch.eye(6, dtype=torch.float64))

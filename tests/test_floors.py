@@ -30,7 +30,7 @@ def standardised(found: Dataset, part: str) -> np.ndarray:
 
 
 def closed_form(a: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """W = Y A^T (A A^T + rho I)^-1 as the page has it, samples in columns, with an explicit inverse."""
+    """W = Y A^T (A A^T + rho I)^-1 as published, samples in columns, with an explicit inverse."""
     big_a = np.concatenate([a, np.ones((len(a), 1))], axis=1).T
     gram = big_a @ big_a.T
     rho = 1e-4 * np.trace(gram) / len(gram)

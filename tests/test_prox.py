@@ -94,7 +94,7 @@ def test_no_grid_point_is_cheaper_at_a_kink(name: str, a: float, m: float, gamma
 
 
 def _two_candidates(a: Tensor, m: Tensor, gamma: float, beta: float) -> tuple[Tensor, Tensor]:
-    """The two candidates of ReLU and which is cheaper (page, 2.2); the slow twin of the branch form."""
+    """The two candidates of ReLU and which is cheaper; the slow twin of the branch form."""
     up = ((gamma * a + beta * m) / (gamma + beta)).clamp_min(0)
     down = m.clamp_max(0)
     cost_up = gamma * (a - up).square() + beta * (up - m).square()

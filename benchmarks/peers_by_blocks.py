@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from piecework import Batch, losses
 from piecework.group import Group
-from piecework.methods.schedule import Schedule, rate
+from piecework.methods.schedule import Schedule, set_rate
 from piecework.training import Metrics, Training
 
 
@@ -62,6 +62,7 @@ class AlternatingAdam:
     lr: float
     schedule: Schedule = "constant"
     schedule_steps: int = 0
+    warmup_steps: int = 0
     code_steps: int = 5
     code_lr: float = 0.3
     mu: float = 0.003
@@ -108,11 +109,8 @@ class _Alternating(_AtWork):
         return code.detach()
 
     def _learn(self, number: int, loss: Tensor) -> None:
-        recipe, optimizer = self._recipe, self._optimizers[number]
-        for group in optimizer.param_groups:
-            group["lr"] = rate(
-                self._step, lr=recipe.lr, schedule=recipe.schedule, schedule_steps=recipe.schedule_steps, warmup_steps=0
-            )
+        optimizer = self._optimizers[number]
+        set_rate(self._recipe, self._step, optimizer)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -41,8 +41,8 @@ from ..training import BadInput, Batch, CannotTrain, Metrics, stream
 from .data_parallel import DataParallel
 from .noise import forked_generator, may_draw
 from .optimizer_state import entries_of, put_entries
-from .parameters import dictionaries, no_gradient, share_from_rank_0, start_from_rank_0, trainable
-from .schedule import Schedule, check_schedule, rate
+from .parameters import dictionaries, fused_kernels, no_gradient, share_from_rank_0, start_from_rank_0, trainable
+from .schedule import Schedule, check_schedule, set_rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,7 @@ class SGD:
             momentum=self.momentum,
             nesterov=self.nesterov,
             weight_decay=self.weight_decay,
-            fused=_fused(parameters),
+            fused=fused_kernels(parameters),
         )
         return _Training(self, optimizer, model, loss, current() if group is None else group)
 
@@ -151,7 +151,7 @@ class Adam:
             betas=self.betas,
             eps=self.eps,
             weight_decay=self.weight_decay,
-            fused=_fused(parameters),
+            fused=fused_kernels(parameters),
         )
         return _Training(self, optimizer, model, loss, current() if group is None else group)
 
@@ -186,7 +186,7 @@ class _Training:
             raise BadInput("a mini-batch has no rows; give every rank the same number, at least one")
         if not self.model.training:
             self.model.train()
-        lr = self._set_rate()
+        lr = set_rate(self._recipe, self._step, self._optimizer)
         x, y = batch.x.to(self._device), batch.y.to(self._device)
         self._optimizer.zero_grad(set_to_none=True)
         seed = stream(self._recipe.seed, self.group.rank, self._step).initial_seed() if self._draws else None
@@ -217,19 +217,6 @@ class _Training:
         put_entries(self._optimizer, self._parameters, list(state["optimizer"]))
         self._step = int(state["step"])
 
-    def _set_rate(self) -> float:
-        recipe = self._recipe
-        lr = rate(
-            self._step,
-            lr=recipe.lr,
-            schedule=recipe.schedule,
-            schedule_steps=recipe.schedule_steps,
-            warmup_steps=recipe.warmup_steps,
-        )
-        for settings in self._optimizer.param_groups:
-            settings["lr"] = lr
-        return lr
-
     def _backward(self, loss: Tensor) -> None:
         """Leave the gradient of the mean over all ranks in the parameters."""
         if not loss.requires_grad:
@@ -254,8 +241,3 @@ def _check_settings(recipe: SGD | Adam, name: str) -> None:
     if not 0 <= recipe.label_smoothing < 1:
         raise BadInput(f"{name}: label_smoothing must be in [0, 1), got {recipe.label_smoothing}")
     check_schedule(recipe.schedule, recipe.schedule_steps, recipe.warmup_steps, name)
-
-
-def _fused(parameters: list[nn.Parameter]) -> bool | None:
-    """The one-pass kernels where torch has them; elsewhere its own choice."""
-    return True if all(parameter.device.type in ("cpu", "cuda") for parameter in parameters) else None

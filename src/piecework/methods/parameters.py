@@ -143,3 +143,8 @@ def unpack_(vector: Tensor, tensors: Sequence[Tensor]) -> None:
     """Copy the parts of the vector into the tensors, in the order of `packed`."""
     for tensor, part in zip(tensors, torch.split(vector, [tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(part.view(tensor.shape))
+
+
+def fused_kernels(parameters: Iterable[Tensor]) -> bool | None:
+    """For `torch.optim`: the one-pass kernels where torch has them; elsewhere its own choice."""
+    return True if all(parameter.device.type in ("cpu", "cuda") for parameter in parameters) else None

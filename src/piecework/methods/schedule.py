@@ -5,13 +5,28 @@ Source: Loshchilov, Hutter: SGDR, arXiv:1608.03983, equation 5 (cosine)."""
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, Protocol
+
+import torch
 
 from ..training import BadInput
 
 Schedule = Literal["constant", "linear", "cosine"]
 
 _LAST = 0.01
+
+
+class Scheduled(Protocol):
+    """The settings of a recipe that decide the rate."""
+
+    @property
+    def lr(self) -> float: ...
+    @property
+    def schedule(self) -> Schedule: ...
+    @property
+    def schedule_steps(self) -> int: ...
+    @property
+    def warmup_steps(self) -> int: ...
 
 
 def rate(step: int, *, lr: float, schedule: Schedule, schedule_steps: int, warmup_steps: int) -> float:
@@ -23,6 +38,21 @@ def rate(step: int, *, lr: float, schedule: Schedule, schedule_steps: int, warmu
     part = min(1.0, (step - warmup_steps) / max(1, schedule_steps - 1 - warmup_steps))
     falling = 1 - part if schedule == "linear" else (1 + math.cos(math.pi * part)) / 2
     return lr * (_LAST + (1 - _LAST) * falling)
+
+
+def set_rate(recipe: Scheduled, step: int, *optimizers: torch.optim.Optimizer) -> float:
+    """Give optimisers the rate that a recipe has in step 0, 1, ...; which is returned."""
+    lr = rate(
+        step,
+        lr=recipe.lr,
+        schedule=recipe.schedule,
+        schedule_steps=recipe.schedule_steps,
+        warmup_steps=recipe.warmup_steps,
+    )
+    for optimizer in optimizers:
+        for settings in optimizer.param_groups:
+            settings["lr"] = lr
+    return lr
 
 
 def check_schedule(schedule: str, schedule_steps: int, warmup_steps: int, name: str) -> None:

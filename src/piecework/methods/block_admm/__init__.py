@@ -37,6 +37,7 @@ from torch import nn
 from ...group import Group, current
 from ...losses import Loss
 from ...training import BadInput, Batch, Training
+from ..parameters import fused_kernels
 from ..schedule import Schedule, check_schedule
 from .at_work import BlocksAtWork
 from .block import Factory
@@ -202,6 +203,5 @@ class BlockADMM:
 
     def _adam(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         found = list(parameters)
-        fused = True if all(one.device.type in ("cpu", "cuda") for one in found) else None
         kind: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW if self.weight_decay > 0 else torch.optim.Adam
-        return kind(found, lr=self.lr, weight_decay=self.weight_decay, fused=fused)
+        return kind(found, lr=self.lr, weight_decay=self.weight_decay, fused=fused_kernels(found))

@@ -15,7 +15,7 @@ from ...losses import Loss, smoothed
 from ...training import BadInput, Batch, CannotTrain, Metrics
 from ..optimizer_state import entries_of, put_entries
 from ..parameters import share_from, start_from_rank_0
-from ..schedule import rate
+from ..schedule import set_rate
 from .bench import Bench
 from .block import Block
 from .cuts import cut
@@ -116,20 +116,10 @@ class BlocksAtWork:
         self._step = int(state["step"])
 
     def _set_rate(self) -> float | None:
-        recipe = self._recipe
-        if recipe.optimizer is not None:
+        if self._recipe.optimizer is not None:
             return None
-        lr = rate(
-            self._step,
-            lr=recipe.lr,
-            schedule=recipe.schedule,
-            schedule_steps=recipe.schedule_steps,
-            warmup_steps=recipe.warmup_steps,
-        )
-        for block in self._blocks:
-            for settings in block.optimizer.param_groups if block.optimizer is not None else ():
-                settings["lr"] = lr
-        return lr
+        optimizers = (block.optimizer for block in self._blocks if block.optimizer is not None)
+        return set_rate(self._recipe, self._step, *optimizers)
 
 
 def _share_out(parts: Sequence[nn.Module], size: int) -> list[int]:

@@ -43,6 +43,7 @@ from ...group import Group, current
 from ...losses import Loss
 from ...training import BadInput, Batch, Training
 from ..block_admm.block import Factory
+from ..parameters import fused_kernels
 from ..schedule import Schedule, check_schedule
 from .at_work import FactorsAtWork
 
@@ -145,5 +146,4 @@ class DeepFacto:
         if self.optimizer is not None:
             return self.optimizer(parameters)
         found = list(parameters)
-        fused = True if all(one.device.type in ("cpu", "cuda") for one in found) else None
-        return torch.optim.Adam(found, lr=self.lr, fused=fused)
+        return torch.optim.Adam(found, lr=self.lr, fused=fused_kernels(found))

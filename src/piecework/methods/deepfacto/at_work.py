@@ -18,7 +18,7 @@ from ...training import BadInput, Batch, CannotTrain, Metrics, stream
 from ..block_admm.block import Block
 from ..optimizer_state import entries_of, put_entries
 from ..parameters import share_from_rank_0, start_from_rank_0, trainable
-from ..schedule import rate
+from ..schedule import set_rate
 from .codes import Pull, density, informed, refuse_head
 
 if TYPE_CHECKING:
@@ -251,21 +251,10 @@ class FactorsAtWork:
             found = found[len(block.parameters) :]
 
     def _set_rate(self) -> float | None:
-        recipe = self._recipe
-        if recipe.optimizer is not None:
+        if self._recipe.optimizer is not None:
             return None
-        lr = rate(
-            self._step,
-            lr=recipe.lr,
-            schedule=recipe.schedule,
-            schedule_steps=recipe.schedule_steps,
-            warmup_steps=recipe.warmup_steps,
-        )
-        for block in self._learning((self._encoder, self._head, self._decoding)):
-            assert block.optimizer is not None
-            for settings in block.optimizer.param_groups:
-                settings["lr"] = lr
-        return lr
+        blocks = self._learning((self._encoder, self._head, self._decoding))
+        return set_rate(self._recipe, self._step, *(one.optimizer for one in blocks if one.optimizer is not None))
 
     # -- contract ----------------------------------------------------------------------------------------------------
 

@@ -260,7 +260,8 @@ def main() -> None:
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--seeds", type=int, default=None)
     parser.add_argument("--rank", type=int, default=None, help="factors in every row, in place of the set's own number")
-    parser.add_argument("--only", default="", help="rows whose name has this in it; writes no file")
+    parser.add_argument("--only", nargs="+", default=[], help="rows by their names; writes no file without --name")
+    parser.add_argument("--name", default=None, help="of the file that is written, without .md")
     arguments = parser.parse_args()
     task = TASKS[arguments.task]
     name = f"disentangle-{arguments.task}"
@@ -272,17 +273,17 @@ def main() -> None:
     header: list[str] = []
     lines: list[list[Any]] = []
     for title, row in rows_of(task).items():
-        if arguments.only not in title:
+        if arguments.only and title not in arguments.only:
             continue
         began = time.process_time()
         cells = row_of(task, sets, row)
         header = ["", *cells]
         lines.append([title, *cells.values()])
         print(f"{time.process_time() - began:.0f} s", *(report.show(cell) for cell in lines[-1]), sep=" | ", flush=True)
-    if not arguments.only:
+    if arguments.name is not None or not arguments.only:
         shared = replace(task.setting, common=None)
         text = f"Medians [least, most] of seeds 0..{seeds - 1}. Shared: {shared}. DeepFacto: {task.ways}."
-        report.write(name, "What factors know that was not told", [(text, header, lines)])
+        report.write(arguments.name or name, "What factors know that was not told", [(text, header, lines)])
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import gc
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +80,7 @@ def backpropagation(model: nn.Sequential, batch: Batch, forward: Callable[[Tenso
     return peak.bytes
 
 
-def block_admm(model: nn.Sequential, batch: Batch, **settings: int) -> int:
+def block_admm(model: nn.Sequential, batch: Batch, **settings: Any) -> int:
     starts = tuple(range(2 * LAYERS, 2 * LAYERS * BLOCKS, 2 * LAYERS))
     training = BlockADMM(at=starts, recompute=True, probe_every=0, **settings).bind(model, losses.Softmax())
     with counted(model) as peak:
@@ -107,7 +108,10 @@ def main() -> None:
                 model, batch, lambda x: checkpoint_sequential(model, BLOCKS, x, use_reentrant=False)
             )
         ),
-        "block-admm --recompute": run(lambda model: block_admm(model, batch)),
+        "block-admm --recompute, alpha beta = 1, one sweep of one step: backpropagation": run(
+            lambda model: block_admm(model, batch)
+        ),
+        "block-admm --recompute --alpha-beta 0.5": run(lambda model: block_admm(model, batch, alpha_beta=0.5)),
         "block-admm --recompute --local-steps 2": run(lambda model: block_admm(model, batch, local_steps=2)),
         "block-admm --recompute --sweeps 3": run(lambda model: block_admm(model, batch, sweeps=3)),
         "block-admm --recompute --sweeps 3 --dual-step 0.5": run(

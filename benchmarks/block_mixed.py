@@ -35,14 +35,20 @@ COURSES = {
 
 
 def network(
-    set_: data.Dataset, width: int, seed: int, *, sign: Callable[[], nn.Module], quantiser: Callable[[int], nn.Module]
+    set_: data.Dataset,
+    width: int,
+    seed: int,
+    *,
+    sign: Callable[[], nn.Module],
+    quantiser: Callable[[int], nn.Module],
+    exchange: bool = False,
 ) -> nn.Sequential:
     """The same weights for the same seed, whatever stands in the places of the sign and of the quantiser."""
     made = mlp(set_.num_features, [width] * 4, set_.num_outputs, seed=seed)
     one, two, three, four, last = (layer for layer in made if isinstance(layer, nn.Linear))
     return nn.Sequential(
         *(Standardise(set_.mean, set_.scale), one, nn.BatchNorm1d(width), sign()),
-        *(two, TopK(3 * width // 10), three, Sort()),
+        *(two, TopK(3 * width // 10, exchange=exchange), three, Sort()),
         *(four, nn.BatchNorm1d(width), quantiser(LEVELS), last),
     )
 
@@ -60,9 +66,11 @@ def entries(set_: data.Dataset, width: int) -> list[Entry]:
         model = make(seed, sign=StraightThroughSign, quantiser=StraightThroughQuantiser)
         return RepeatedAdam(times, lr=lr, schedule="cosine", schedule_steps=steps).bind(model, LOSS)
 
-    def ours(more: dict[str, Any], seed: int, steps: int, *, lr: float, beta: float) -> Training[Batch]:
+    def ours(
+        more: dict[str, Any], seed: int, steps: int, *, lr: float, beta: float, exchange: bool = False
+    ) -> Training[Batch]:
         recipe = BlockADMM(lr=lr, beta=beta, schedule="cosine", schedule_steps=steps, probe_every=0, **more)
-        return recipe.bind(make(seed, sign=Sign, quantiser=Quantiser), LOSS)
+        return recipe.bind(make(seed, sign=Sign, quantiser=Quantiser, exchange=exchange), LOSS)
 
     rates, both = {"lr": RATES}, {"lr": RATES, "beta": BETAS}
     return [
@@ -70,6 +78,7 @@ def entries(set_: data.Dataset, width: int) -> list[Entry]:
         Entry("Adam; straight through sign and quantiser, masked top-k, permuted sort", partial(invented, 1), rates),
         Entry("the same, each batch twice", partial(invented, 2), rates),
         Entry("block-ADMM", partial(ours, {}), both),
+        Entry("block-ADMM, top-k that exchanges", partial(ours, {}, exchange=True), both),
         Entry("block-ADMM, 2 local steps", partial(ours, {"local_steps": 2}), both),
         Entry("block-ADMM, exact steps", partial(ours, {"prox": "exact"}), both),
     ]

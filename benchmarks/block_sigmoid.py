@@ -66,6 +66,10 @@ def entries(set_: data.Dataset, depth: int) -> list[Entry]:
         recipe = Adam(lr=lr, eps=eps, schedule="cosine", schedule_steps=steps)
         return recipe.bind(network(set_, depth, seed, gain), LOSS)
 
+    def twin(seed: int, steps: int, *, lr: float) -> Training[Batch]:
+        recipe = BlockADMM(lr=lr, schedule="cosine", schedule_steps=steps, probe_every=0)
+        return recipe.bind(network(set_, depth, seed), LOSS)
+
     def ours(
         seed: int, steps: int, *, lr: float, beta: float, ratio: float, sweeps: int, dual_step: float = 0.0
     ) -> Training[Batch]:
@@ -84,6 +88,7 @@ def entries(set_: data.Dataset, depth: int) -> list[Entry]:
     falling = {"lr": OURS, "ratio": (0.35, 0.5, 0.7), "beta": (0.1, 0.3, 1.0), "sweeps": (5, 10)}
     return [
         Entry("Adam", partial(adam, None, 1e-8), rates),
+        Entry("block-ADMM, alpha beta = 1, one sweep of one step: backpropagation", twin, rates),
         Entry("Adam, eps 1e-20", partial(adam, None, 1e-20), rates),
         Entry("Adam from Xavier with gain 4: the control", partial(adam, 4.0, 1e-8), rates),
         Entry(PENALTY + "one for all cuts, no duals", ours, one),
@@ -96,7 +101,7 @@ def main() -> None:
     parser.add_argument("--depths", type=int, nargs="+", default=[10, 20])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--baselines", action="store_true", help="only the rows of Adam, which are cheap")
+    parser.add_argument("--baselines", action="store_true", help="only the rows of backpropagation, which are cheap")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--name", default="block-sigmoid", help="of the file of results")
     arguments = parser.parse_args()

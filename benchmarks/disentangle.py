@@ -264,6 +264,8 @@ def main() -> None:
     parser.add_argument("--name", default=None, help="of the file that is written, without .md")
     arguments = parser.parse_args()
     task = TASKS[arguments.task]
+    if unknown := sorted({*arguments.only} - {*rows_of(task)}):
+        parser.error(f"{arguments.task} has no row {unknown[0]!r}; its rows: {', '.join(map(repr, rows_of(task)))}")
     name = f"disentangle-{arguments.task}"
     if arguments.rank is not None:
         task = replace(task, setting=replace(task.setting, rank=arguments.rank))

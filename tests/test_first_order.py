@@ -207,21 +207,22 @@ def test_a_killed_rank_is_a_lost_peer_in_the_step_that_misses_it() -> None:
 
 
 def test_the_rate_rises_and_falls_as_it_is_documented() -> None:
-    settings: dict[str, Any] = {"lr": 0.5, "warmup_steps": 4, "schedule_steps": 24}
     for schedule in ("linear", "cosine"):
-        rates = [rate(step, schedule=schedule, **settings) for step in range(40)]  # type: ignore[arg-type]
+        recipe = SGD(lr=0.5, warmup_steps=4, schedule=schedule, schedule_steps=24)  # type: ignore[arg-type]
+        rates = [rate(recipe, step) for step in range(40)]
         assert rates[:5] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
         assert rates[4:24] == sorted(rates[4:24], reverse=True)
         assert rates[23:] == pytest.approx([0.005] * 17)
     assert rates[13] == pytest.approx(0.5 * (0.01 + 0.99 * (1 + torch.cos(torch.tensor(torch.pi * 9 / 19)).item()) / 2))
-    assert [rate(step, lr=2.0, schedule="constant", schedule_steps=0, warmup_steps=0) for step in (0, 9)] == [2.0, 2.0]
+    assert [rate(SGD(lr=2.0), step) for step in (0, 9)] == [2.0, 2.0]
 
 
 def test_the_schedule_acts_and_is_reported() -> None:
     rows = _rows()
-    training = SGD(lr=0.1, schedule="cosine", schedule_steps=6).bind(_network(), Softmax(), group=Solo())
+    recipe = SGD(lr=0.1, schedule="cosine", schedule_steps=6)
+    training = recipe.bind(_network(), Softmax(), group=Solo())
     rates = [float(training.step(_part(rows, step))["lr"]) for step in range(6)]
-    assert rates == [rate(step, lr=0.1, schedule="cosine", schedule_steps=6, warmup_steps=0) for step in range(6)]
+    assert rates == [rate(recipe, step) for step in range(6)]
 
 
 def test_smoothed_labels_are_trained_on_and_the_users_loss_is_reported() -> None:

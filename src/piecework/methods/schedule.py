@@ -29,26 +29,21 @@ class Scheduled(Protocol):
     def warmup_steps(self) -> int: ...
 
 
-def rate(step: int, *, lr: float, schedule: Schedule, schedule_steps: int, warmup_steps: int) -> float:
+def rate(recipe: Scheduled, step: int) -> float:
     """The learning rate of step 0, 1, ... `lr` is the highest; a hundredth of it remains at the end."""
-    if step < warmup_steps:
-        return lr * (step + 1) / (warmup_steps + 1)
-    if schedule == "constant":
+    lr, warmup = recipe.lr, recipe.warmup_steps
+    if step < warmup:
+        return lr * (step + 1) / (warmup + 1)
+    if recipe.schedule == "constant":
         return lr
-    part = min(1.0, (step - warmup_steps) / max(1, schedule_steps - 1 - warmup_steps))
-    falling = 1 - part if schedule == "linear" else (1 + math.cos(math.pi * part)) / 2
+    part = min(1.0, (step - warmup) / max(1, recipe.schedule_steps - 1 - warmup))
+    falling = 1 - part if recipe.schedule == "linear" else (1 + math.cos(math.pi * part)) / 2
     return lr * (_LAST + (1 - _LAST) * falling)
 
 
 def set_rate(recipe: Scheduled, step: int, *optimizers: torch.optim.Optimizer) -> float:
     """Give optimisers the rate that a recipe has in step 0, 1, ...; which is returned."""
-    lr = rate(
-        step,
-        lr=recipe.lr,
-        schedule=recipe.schedule,
-        schedule_steps=recipe.schedule_steps,
-        warmup_steps=recipe.warmup_steps,
-    )
+    lr = rate(recipe, step)
     for optimizer in optimizers:
         for settings in optimizer.param_groups:
             settings["lr"] = lr

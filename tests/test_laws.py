@@ -14,7 +14,7 @@ from torch import nn
 from piecework import losses
 from piecework.group import Group, Solo
 from piecework.losses import Loss
-from piecework.methods import ADMM, CG, LBFGS, METHODS, SGD, Adam, BlockADMM, DeepFacto, GaussNewton
+from piecework.methods import ADMM, CG, LBFGS, METHODS, SGD, Adam, BlockADMM, DeepFacto, GaussNewton, Gossip
 from piecework.methods.gauss_newton.choice import SOLVERS
 from piecework.models import mlp
 from piecework.testing.check import LAWS, Case, check_training, classes
@@ -43,6 +43,12 @@ CASES: dict[str, tuple[Callable[[], Method], int]] = {
     "deepfacto-contrast": (partial(DeepFacto, through="contrast", lr=0.03), 12),
     "deepfacto-implicit": (partial(DeepFacto, through="implicit", lr=0.03), 12),
     "deepfacto-sparse": (partial(DeepFacto, sparsity=0.3, lr=0.03), 12),
+    "gossip": (partial(Gossip, lr=0.1), 12),
+    "gossip-blocking": (partial(Gossip, overlap=0, lr=0.1), 12),
+    "gossip-on-time": (partial(Gossip, overlap=2, on_time=True, lr=0.1), 12),
+    "gossip-slow": (partial(Gossip, overlap=1, on_time=True, slow_every=3, slow_momentum=0.5, lr=0.1), 12),
+    "gossip-tracking": (partial(Gossip, overlap=1, every=2, on_time=True, tracking=True, lr=0.1), 12),
+    "gossip-adam": (partial(Gossip, overlap=0, rule="adam", step_on="z", graph="mixed-radix", lr=0.03), 12),
     "sgd": (SGD, 12),
     "adam": (partial(Adam, lr=0.03), 12),
     "lbfgs": (LBFGS, 6),

@@ -12,28 +12,18 @@ from __future__ import annotations
 
 import re
 import time
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import timedelta
 from threading import Thread
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 import torch.distributed as dist
 
+from .meeting import Store
+
 _PAUSE = 0.05
-_TAG = 0x70776B
 _LOSS = re.compile(r"timed? ?out|connect|closed by peer|broken pipe|socket|unreachable|abort", re.IGNORECASE)
-
-
-class _Store(Protocol):
-    """Of torch's stores, what is used here (torch exports their class, but not its type)."""
-
-    def check(self, keys: list[str]) -> bool: ...
-
-    def get(self, key: str) -> bytes: ...
-
-    def set(self, key: str, value: str) -> None: ...
 
 
 @dataclass
@@ -69,30 +59,36 @@ def own_timeout(pg: dist.ProcessGroup) -> float:
         return 1800.0
 
 
-def call(pg: dist.ProcessGroup, suspect: int | None, *, patience: float) -> Roll:
-    """Write whom this rank was waiting for, and stay `patience` seconds at most until at most one other is missing."""
-    rank, size = dist.get_rank(pg), dist.get_world_size(pg)
-    store, roll = _store(pg), Roll(missing=[peer for peer in range(size) if peer != rank])
+def store_of(pg: dist.ProcessGroup) -> Store | None:
+    """The store the group met through; None for MPI, or where torch does not tell."""
+    try:
+        return cast("Store | None", dist.distributed_c10d._get_process_group_store(pg))
+    except (AttributeError, KeyError, RuntimeError):
+        return None
+
+
+def call(
+    store: Store | None,
+    rank: int,
+    size: int,
+    suspect: int | None,
+    *,
+    patience: float,
+    wake: Callable[[list[int]], None] | None = None,
+) -> Roll:
+    """Write whom this rank was waiting for, and stay `patience` seconds at most until at most one other is missing.
+
+    wake: stirs those who have not noticed yet; called once, if this takes longer than a moment."""
+    roll = Roll(missing=[peer for peer in range(size) if peer != rank])
     if store is None:
         return roll
     asking = Thread(target=_ask, args=(store, rank, suspect, roll, patience), daemon=True, name="piecework-roll-call")
     asking.start()
     asking.join(2 * _PAUSE)
-    if asking.is_alive() and suspect is None and "cpu:gloo" in dist.get_backend_config(pg):
-        _wake(pg, list(roll.missing))
+    if asking.is_alive() and wake is not None:
+        wake(list(roll.missing))
     asking.join(patience + 1.0)
     return roll if not asking.is_alive() else Roll(missing=roll.missing)
-
-
-def _wake(pg: dist.ProcessGroup, peers: list[int]) -> None:
-    """Close the connections to those who have not noticed that their collective call cannot end.
-
-    In a ring only the neighbours of a lost rank are told; the others would sit out their timeout. On gloo a receive
-    that expires closes the connection, which is as good as a word. The tag is nobody else's: a message longer than the
-    buffer would end the process."""
-    for peer in peers:
-        with suppress(RuntimeError):
-            pg.recv([torch.empty(1, dtype=torch.uint8)], peer, _TAG).wait(timedelta(milliseconds=1))
 
 
 def blame(roll: Roll, rank: int, suspect: int | None) -> tuple[int | None, str]:
@@ -116,16 +112,7 @@ def blame(roll: Roll, rank: int, suspect: int | None) -> tuple[int | None, str]:
     return None, "no word from ranks " + ", ".join(map(str, roll.missing))
 
 
-def _store(pg: dist.ProcessGroup) -> _Store | None:
-    """The store the group met through; None for MPI, or where torch does not tell."""
-    try:
-        store = dist.distributed_c10d._get_process_group_store(pg)
-    except (AttributeError, KeyError, RuntimeError):
-        return None
-    return cast("_Store | None", store)
-
-
-def _ask(store: _Store, rank: int, suspect: int | None, roll: Roll, patience: float) -> None:
+def _ask(store: Store, rank: int, suspect: int | None, roll: Roll, patience: float) -> None:
     until = time.monotonic() + patience
     try:
         _read(store, roll)
@@ -139,7 +126,7 @@ def _ask(store: _Store, rank: int, suspect: int | None, roll: Roll, patience: fl
         return
 
 
-def _read(store: _Store, roll: Roll) -> None:
+def _read(store: Store, roll: Roll) -> None:
     for peer in list(roll.missing):
         if store.check([_key(peer)]):
             written = store.get(_key(peer)).decode()

@@ -9,6 +9,7 @@ from .cg import CG
 from .deepfacto import DeepFacto
 from .first_order import SGD, Adam
 from .gauss_newton import GaussNewton
+from .gossip import Gossip
 from .lbfgs import LBFGS
 
 METHODS: dict[str, type[Method]] = {
@@ -16,6 +17,7 @@ METHODS: dict[str, type[Method]] = {
     "gauss-newton": GaussNewton,
     "block-admm": BlockADMM,
     "deepfacto": DeepFacto,
+    "gossip": Gossip,
     "sgd": SGD,
     "adam": Adam,
     "lbfgs": LBFGS,
@@ -23,4 +25,4 @@ METHODS: dict[str, type[Method]] = {
 }
 """Recipe classes by their kebab-case names."""
 
-__all__ = ["ADMM", "CG", "LBFGS", "METHODS", "SGD", "Adam", "BlockADMM", "DeepFacto", "GaussNewton"]
+__all__ = ["ADMM", "CG", "LBFGS", "METHODS", "SGD", "Adam", "BlockADMM", "DeepFacto", "GaussNewton", "Gossip"]

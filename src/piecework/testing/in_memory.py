@@ -11,14 +11,18 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from threading import Condition
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .. import messages
 from ..group import Pending
+from ..mailbox import Mailbox
+from ..meeting import Store
 from ..training import PeerLost
+from .in_memory_mail import MemoryMailbox, Office
 
 
 @dataclass
@@ -58,6 +62,8 @@ class Board:
         self._gone: dict[int, tuple[int, str]] = {}  # rank -> (who is to blame, what became of the rank)
         self._between: dict[tuple[int, int], deque[_Message]] = {}
         self._doing: dict[int, str] = {}  # rank -> the verb it waits in
+        self._offices: dict[int, Office] = {}  # by the number of the mailbox
+        self.store: Store = cast("Store", cast("Any", dist).HashStore())
 
     def leave(self, rank: int, why: str, blame: int | None = None) -> None:
         """The rank makes no more calls; whoever waits for it loses it at once."""
@@ -68,6 +74,12 @@ class Board:
                 if end is not None and queue and getattr(queue[0], end) is not None:
                     queue.clear()  # what it has posted and nobody has met dies with it, as on a closed connection
             self._changed.notify_all()
+
+    def mailbox(self, group: Threads, number: int, capacity: int) -> MemoryMailbox:
+        """This rank's mailbox of those that all ranks make with this number."""
+        with self._changed:
+            office = self._offices.setdefault(number, Office())
+        return MemoryMailbox(group, office, self._changed, self._gone.keys(), capacity)
 
     def meet(self, group: Threads, verb: str, offer: Any, combine: Callable[[list[Any]], Any]) -> Any:
         """Bring an offer to the group's next collective call; everybody gets what `combine` makes of all offers."""
@@ -158,6 +170,8 @@ class Threads:
         self.bytes_sent = 0
         self.rounds = 0
         self.calls = 0
+        self.store = board.store
+        self._num_mailboxes = 0
         self._board = board
 
     def sum_(self, *tensors: Tensor) -> None:
@@ -170,7 +184,7 @@ class Threads:
             for tensor, value in zip(mine, total, strict=True):
                 tensor.copy_(value)
             if sum(tensor.numel() for tensor in mine):
-                self._count(sum(map(messages.num_bytes, mine)))
+                self.count(sum(map(messages.num_bytes, mine)))
 
     def broadcast_(self, tensor: Tensor, src: int = 0) -> None:
         messages.check_source("broadcast_", src, size=self.size)
@@ -179,7 +193,7 @@ class Threads:
         value = self._board.meet(
             self, f"broadcast_ from rank {src}", tensor.detach().clone(), lambda offers: _one(offers, src)
         )
-        self._count(messages.num_bytes(tensor) if self.rank == src else 0)
+        self.count(messages.num_bytes(tensor) if self.rank == src else 0)
         if self.rank != src:
             tensor.detach().copy_(value)
 
@@ -188,16 +202,16 @@ class Threads:
         if self.size == 1:
             return [mine]
         found: list[Tensor] = self._board.meet(self, "gather", mine, _rows)
-        self._count(messages.HEADER_BYTES)
+        self.count(messages.HEADER_BYTES)
         if any(part.numel() for part in found):
-            self._count(messages.num_bytes(tensor))
+            self.count(messages.num_bytes(tensor))
         return [part.to(tensor.device, copy=True) for part in found]
 
     def any(self, flag: bool) -> bool:
         if self.size == 1:
             return bool(flag)
         found = self._board.meet(self, "any", bool(flag), any)
-        self._count(1)
+        self.count(1)
         return bool(found)
 
     def exchange(self, send: Mapping[int, Tensor], recv: Mapping[int, Tensor]) -> Pending:
@@ -211,10 +225,15 @@ class Threads:
             for peer, tensor in send.items()
         ]
         if send or recv:
-            self._count(sum(map(messages.num_bytes, send.values())))
+            self.count(sum(map(messages.num_bytes, send.values())))
         return _Exchange(self, self._board, arrivals, departures)
 
-    def _count(self, num_bytes: int) -> None:
+    def mailbox(self, capacity: int) -> Mailbox:
+        self._num_mailboxes += 1
+        return self._board.mailbox(self, self._num_mailboxes, capacity)
+
+    def count(self, num_bytes: int) -> None:
+        """Add a message to the account."""
         self.bytes_sent += num_bytes
         self.rounds += 1
 

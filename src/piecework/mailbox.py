@@ -1,0 +1,354 @@
+"""Messages that come when they come: post to a peer, take what has arrived, wait only for who is alive.
+
+On gloo a pending receive completes in `wait()` alone, and a wait that expires closes the connection. So every source
+has a thread that waits for as long as it takes, on connections of the mailbox's own, and hands over what has come. Who
+is alive is known otherwise: every rank writes into the store, again and again, that it is there and how much it has
+posted. A peer whose connection closes is gone. One that is silent, or whose messages do not arrive, is an error after
+the timeout: it cannot be told apart from one that will come back.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from queue import SimpleQueue
+from threading import Condition, Event, Thread
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .meeting import Store, connect, named
+from .training import PeerLost
+
+HEAD = 64
+"""Bytes in front of a message, of which 8 are used: what follows stays aligned."""
+
+_TAG = 0x70776D
+_END = -1
+_FOREVER = timedelta(days=365)
+
+
+@dataclass
+class Letter:
+    """A message that has arrived, or that came back: `peer` sent it, or was to get it.
+
+    content: (bytes,) uint8, this letter's own until it is given back with `Mailbox.recycle`."""
+
+    peer: int
+    content: Tensor
+    whole: Tensor = field(repr=False)
+
+
+class Mailbox(Protocol):
+    """Messages of at most `capacity` bytes between the ranks of a group; for one thread of each rank.
+
+    gone: peers that post no more, because they closed their mailbox or ended; what they had posted has been taken or
+        is about to be. Of those that ended without a word, what was under way is lost."""
+
+    capacity: int
+
+    @property
+    def gone(self) -> frozenset[int]: ...
+
+    def listen(self, peers: Iterable[int]) -> None:
+        """Take messages of these peers from now on; what they have posted before waits for that."""
+        ...
+
+    def draft(self) -> Tensor:
+        """(capacity,) uint8 to write a message into; uninitialised."""
+        ...
+
+    def post(self, peer: int, draft: Tensor, length: int) -> None:
+        """Send the first `length` bytes of a draft, which must not be touched again. Never blocks."""
+        ...
+
+    def take(self) -> list[Letter]:
+        """What has arrived since the last call, in the order of arrival; of one peer, in the order of posting."""
+        ...
+
+    def returned(self) -> list[Letter]:
+        """What was posted to a peer that went before it took it."""
+        ...
+
+    def recycle(self, letter: Letter) -> None:
+        """Give a letter's memory back."""
+        ...
+
+    def wait(self, peers: Collection[int]) -> None:
+        """Return when there is something to take, or one of these peers has gone.
+
+        Raises PeerLost when one of them has been silent for the group's timeout, or its messages do not get through.
+        A peer that is alive and has posted nothing is waited for as long as it takes."""
+        ...
+
+    def close(self) -> None:
+        """Say that nothing more will come, and end the threads when all peers have said so. Messages not taken are
+        lost."""
+        ...
+
+
+class GlooMailbox:
+    """A mailbox of the processes of a group, on gloo connections of its own.
+
+    store: where the ranks meet, with a name of this mailbox's own in front. Made by all ranks together.
+    timeout: seconds of silence after which a peer is an error; count: told the bytes of each message posted;
+    step: the step under way, for errors."""
+
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        size: int,
+        *,
+        capacity: int,
+        timeout: float,
+        count: Callable[[int], None],
+        step: Callable[[], int | None] = lambda: None,
+    ) -> None:
+        self.capacity = capacity
+        self._rank, self._size, self._timeout, self._count, self._step = rank, size, timeout, count, step
+        self._pg = connect(store, rank, size, timeout)
+        self._changed = Condition()
+        self._inbox: deque[Letter] = deque()
+        self._returned: list[Letter] = []
+        self._free: list[Tensor] = []
+        self._gone: set[int] = set()
+        self._closed = False
+        self._listeners: dict[int, Thread] = {}
+        self._senders: dict[int, SimpleQueue[Any]] = {}
+        self._pulse = Pulse(named(store.clone(), "pulse"), rank, size, timeout)
+
+    @property
+    def gone(self) -> frozenset[int]:
+        with self._changed:
+            return frozenset(self._gone)
+
+    def listen(self, peers: Iterable[int]) -> None:
+        for peer in peers:
+            if peer not in self._listeners:
+                self._listeners[peer] = _thread(self._listen, peer, f"piecework-from-{peer}")
+
+    def draft(self) -> Tensor:
+        return self._whole()[HEAD:]
+
+    def post(self, peer: int, draft: Tensor, length: int) -> None:
+        whole = _whole_of(draft)
+        self._pulse.posted[peer] += 1
+        self._count(length)
+        self._send(peer, whole, length)
+
+    def take(self) -> list[Letter]:
+        with self._changed:
+            found = list(self._inbox)
+            self._inbox.clear()
+        return found
+
+    def returned(self) -> list[Letter]:
+        with self._changed:
+            found, self._returned = self._returned, []
+        return found
+
+    def recycle(self, letter: Letter) -> None:
+        if letter.whole.numel() == HEAD + self.capacity:  # it may be one that a checkpoint brought back
+            with self._changed:
+                self._free.append(letter.whole)
+
+    def wait(self, peers: Collection[int]) -> None:
+        began = time.monotonic()
+        self._pulse.watch(peers)
+        with self._changed:
+            while not self._inbox and not self._gone & set(peers):
+                if (broken := self._pulse.broken) is not None:
+                    self._fail(*broken)
+                for peer in peers:
+                    why = self._pulse.complaint(peer, since=began)
+                    if why is not None:
+                        self._pulse.condemn(peer, why)
+                        self._fail(peer, why)
+                self._changed.wait(self._pulse.period)
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self.listen(peer for peer in range(self._size) if peer != self._rank)
+        for peer in set(range(self._size)) - {self._rank} - self.gone:
+            self._send(peer, self._whole(), _END)
+        until = time.monotonic() + min(self._timeout, 5.0)
+        for listener in self._listeners.values():
+            listener.join(max(0.0, until - time.monotonic()))
+        for queue in self._senders.values():
+            queue.put(None)
+        self._pulse.stop()
+        del self._pg
+
+    def _whole(self) -> Tensor:
+        with self._changed:
+            if self._free:
+                return self._free.pop()
+        return torch.empty(HEAD + self.capacity, dtype=torch.uint8)
+
+    def _send(self, peer: int, whole: Tensor, length: int) -> None:
+        whole[:8].view(torch.int64)[0] = length
+        if peer not in self._senders:
+            self._senders[peer] = SimpleQueue()
+            _thread(self._attend, (peer, self._senders[peer]), f"piecework-to-{peer}")
+        try:
+            work = self._pg.send([whole[: HEAD + max(length, 0)]], peer, _TAG)
+        except RuntimeError:
+            work = None  # the connection has closed
+        self._senders[peer].put((work, whole, length))
+
+    def _attend(self, peer: int, queue: SimpleQueue[Any]) -> None:
+        """Wait for the peer to take what was posted; that is the only way to learn that it did."""
+        while (posted := queue.get()) is not None:
+            work, whole, length = posted
+            arrived = work is not None
+            if work is not None:
+                try:
+                    work.wait(_FOREVER)
+                except RuntimeError:
+                    arrived = False
+            with self._changed:
+                if arrived or length < 0:
+                    self._free.append(whole)
+                else:
+                    self._returned.append(Letter(peer, whole[HEAD : HEAD + length], whole))
+                    self._changed.notify_all()
+            del posted, work, whole
+
+    def _listen(self, peer: int) -> None:
+        pg = self._pg
+        while True:
+            whole = self._whole()
+            try:
+                pg.recv([whole], peer, _TAG).wait(_FOREVER)
+            except RuntimeError:
+                if not self._closed:
+                    self._pulse.look_for_a_verdict()
+                break
+            length = int(whole[:8].view(torch.int64))
+            if length == _END:
+                break
+            with self._changed:
+                self._pulse.received[peer] += 1
+                self._inbox.append(Letter(peer, whole[HEAD : HEAD + length], whole))
+                self._changed.notify_all()
+        with self._changed:
+            self._gone.add(peer)
+            self._changed.notify_all()
+
+    def _fail(self, peer: int | None, why: str) -> None:
+        raise PeerLost(
+            rank=self._rank,
+            peer=None if peer == self._rank else peer,
+            verb="the mailbox",
+            timeout=self._timeout,
+            step=self._step(),
+            cause=why,
+        )
+
+
+class Pulse:
+    """Every rank's word that it is alive and how many messages it has posted to whom, in the store.
+
+    A thread writes this rank's and reads those of the peers that are waited for. Where the store does not answer,
+    peers fall silent. `broken` is what another rank found before it gave up: (peer, why)."""
+
+    def __init__(self, store: Store, rank: int, size: int, timeout: float) -> None:
+        self.period = min(5.0, max(0.02, timeout / 10))
+        self.posted = [0] * size
+        self.received = [0] * size
+        self.broken: tuple[int, str] | None = None
+        self._store, self._rank, self._timeout = store, rank, timeout
+        self._watched: frozenset[int] = frozenset()
+        self._words: dict[int, bytes] = {}
+        self._heard: dict[int, float] = {}
+        self._late: dict[int, tuple[int, float]] = {}
+        self._verdict: tuple[int, str] | None = None
+        self._wake, self._looked, self._ended = Event(), Event(), False
+        self._thread = _thread(self._run, (), "piecework-pulse")
+
+    def watch(self, peers: Collection[int]) -> None:
+        """Read the words of these peers from now on."""
+        if not self._watched.issuperset(peers):
+            self._watched |= frozenset(peers)
+            self._wake.set()
+
+    def complaint(self, peer: int, since: float) -> str | None:
+        """What is wrong with a peer that has been waited for since then, if anything is."""
+        now = time.monotonic()
+        if now - max(since, self._heard.get(peer, 0.0)) > self._timeout:
+            return "it gives no sign of life"
+        count, first = self._late.get(peer, (0, now))
+        if count > self.received[peer] and now - max(since, first) > self._timeout:
+            return "it is alive and its messages do not arrive: the link between the two is cut or far too slow"
+        return None
+
+    def condemn(self, peer: int, why: str) -> None:
+        """Tell all that this rank gives up, so that they do not take its end for a death that they can live with."""
+        self._verdict = (peer, why)
+        self._looked.clear()
+        self._wake.set()
+        self._looked.wait(2.0)
+
+    def look_for_a_verdict(self) -> None:
+        """Before a closed connection counts as a death: whether that rank had given up and said why."""
+        self._looked.clear()
+        self._wake.set()
+        self._looked.wait(2.0)
+
+    def stop(self) -> None:
+        self._ended = True
+        self._wake.set()
+
+    def _run(self) -> None:
+        beats = 0
+        while not self._ended:
+            beats += 1
+            with suppress(RuntimeError):
+                self._exchange(beats)
+            self._looked.set()
+            self._wake.wait(self.period)
+            self._wake.clear()
+
+    def _exchange(self, beats: int) -> None:
+        if self._verdict is not None and not self._store.check(["verdict"]):
+            self._store.set("verdict", json.dumps(self._verdict))
+        self._store.set(str(self._rank), json.dumps([beats, self.posted]))
+        if self.broken is None and self._store.check(["verdict"]):
+            peer, why = json.loads(self._store.get("verdict"))
+            self.broken = (peer, f"another rank found: {why}" if self._verdict is None else why)
+        for peer in self._watched:
+            if self._store.check([str(peer)]):
+                self._read(peer, self._store.get(str(peer)))
+
+    def _read(self, peer: int, word: bytes) -> None:
+        if self._words.get(peer) == word:
+            return
+        now = time.monotonic()
+        self._words[peer], self._heard[peer] = word, now
+        count = json.loads(word)[1][self._rank]
+        late = self._late.get(peer)
+        if count <= self.received[peer]:
+            self._late.pop(peer, None)
+        elif late is None or late[0] <= self.received[peer]:
+            self._late[peer] = (count, now)
+
+
+def _whole_of(draft: Tensor) -> Tensor:
+    """The buffer behind a draft, head included."""
+    return torch.as_strided(draft, (HEAD + draft.numel(),), (1,), draft.storage_offset() - HEAD)
+
+
+def _thread(work: Callable[..., None], arguments: Any, name: str) -> Thread:
+    given = arguments if isinstance(arguments, tuple) else (arguments,)
+    thread = Thread(target=work, args=given, name=name, daemon=True)
+    thread.start()
+    return thread

@@ -10,12 +10,14 @@ from .deepfacto import DeepFacto
 from .first_order import SGD, Adam
 from .gauss_newton import GaussNewton
 from .lbfgs import LBFGS
+from .local import Local
 
 METHODS: dict[str, type[Method]] = {
     "admm": ADMM,
     "gauss-newton": GaussNewton,
     "block-admm": BlockADMM,
     "deepfacto": DeepFacto,
+    "local": Local,
     "sgd": SGD,
     "adam": Adam,
     "lbfgs": LBFGS,
@@ -23,4 +25,4 @@ METHODS: dict[str, type[Method]] = {
 }
 """Recipe classes by their kebab-case names."""
 
-__all__ = ["ADMM", "CG", "LBFGS", "METHODS", "SGD", "Adam", "BlockADMM", "DeepFacto", "GaussNewton"]
+__all__ = ["ADMM", "CG", "LBFGS", "METHODS", "SGD", "Adam", "BlockADMM", "DeepFacto", "GaussNewton", "Local"]

@@ -20,7 +20,8 @@ class Flight:
 
     x: input, a leaf; out: output, with its graph; leaves: what stands for the block's parameters in that graph;
     waiting: the losses whose derivative at the output has not come; total: their weighted sum so far; true: the
-    gradient of the deployed network's loss, where it is to be compared; late: whether the leaves are copies."""
+    gradient of the deployed network's loss, where it is to be compared; late: whether the leaves are copies; stepped:
+    whether the block has stepped."""
 
     x: Tensor
     out: Tensor
@@ -30,6 +31,7 @@ class Flight:
     gradients: list[Tensor] | None = None
     true: list[Tensor] | None = None
     late: bool = False
+    stepped: bool = False
 
 
 @dataclass
@@ -100,11 +102,11 @@ class Stage:
             weight = self.row[loss]
             term = cotangent if weight == 1.0 else weight * cotangent
             flight.total = term if flight.total is None else flight.total + term
-            if not flight.waiting & self.row.keys():
-                if flight.gradients is None:
-                    total = flight.total
-                    flight.gradients = self._derive(flight, flight.leaves, total, keep=bool(flight.waiting))
-                self._step(flight, flight.gradients)
+            if not flight.waiting & self.row.keys() and flight.gradients is None:
+                flight.gradients = self._derive(flight, flight.leaves, flight.total, keep=bool(flight.waiting))
+        # What is still to be derived needs the weights of the forward pass, unless there are copies of them.
+        if flight.gradients is not None and not flight.stepped and (flight.late or not flight.waiting):
+            self._step(flight, flight.gradients)
         if not flight.waiting:
             del self.flights[step]
 
@@ -112,6 +114,7 @@ class Stage:
         if flight.true is not None:
             self.cosine = cosine(gradients, flight.true)
         self.block.step(gradients)
+        flight.stepped = True
 
     def _derive(self, flight: Flight, wanted: list[Tensor], cotangent: Tensor, *, keep: bool) -> list[Tensor]:
         found: Any = (None,)
@@ -133,6 +136,7 @@ class Stage:
                 "x": flight.x.detach().clone(),
                 "leaves": [one.detach().clone() for one in flight.leaves],
                 "waiting": sorted(flight.waiting),
+                "stepped": flight.stepped,
                 "total": None if flight.total is None else flight.total.clone(),
                 "true": None if flight.true is None else [one.clone() for one in flight.true],
             }
@@ -146,6 +150,7 @@ class Stage:
             self.block.begin(int(number), again=True)
             flight = self._depart(kept["x"].clone(), list(kept["leaves"]))
             flight.waiting, flight.total, flight.true = set(kept["waiting"]), kept["total"], kept["true"]
+            flight.stepped = kept["stepped"]
             self.flights[int(number)] = flight
 
 

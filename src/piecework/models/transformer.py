@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -95,3 +96,13 @@ def transformer(
         assert isinstance(first, Embedding)
         last.weight = first.tokens.weight
     return model
+
+
+def transformer_of(
+    context: int, widths: Sequence[int], vocabulary: int, *, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> nn.Sequential:
+    """The transformer that the command line makes of `--hidden`: a block for each width, a head for every 32 units."""
+    width = widths[0]
+    heads = next(number for number in range(max(1, width // 32), 0, -1) if width % number == 0)
+    depth = len(widths)
+    return transformer(vocabulary, width=width, depth=depth, heads=heads, context=context, seed=seed, dtype=dtype)

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint_sequential
 
 import report
 from piecework import Batch, BlockADMM, losses
-from piecework.methods.block_admm.block import Cut
+from piecework.methods.block_admm.variable import Cut
 
 BLOCKS, LAYERS = 8, 4
 

@@ -24,11 +24,11 @@ def main_of(name: str) -> Main:
     return main
 
 
-def on_two_ranks(*words: str) -> str:
-    """What the second example prints under a real torchrun."""
+def on_two_ranks(*words: str, name: str = "02_higgs_on_two_ranks.py") -> str:
+    """What an example prints under a real torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     done = subprocess.run(
-        [*command, str(EXAMPLES / "02_higgs_on_two_ranks.py"), *words],
+        [*command, str(EXAMPLES / name), *words],
         capture_output=True,
         text=True,
         timeout=100,
@@ -117,3 +117,17 @@ def test_factors_of_faces_are_drawn_and_know_strangers_better_than_pixels_do(
     by_pixels = float(re.findall(r"0\.\d+", capsys.readouterr().out.splitlines()[-1])[-1])
     assert score > by_pixels + 0.02
     assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_two_blocks_learn_a_language_on_one_process_and_on_two(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "words.txt"
+    file.write_text("the quick brown fox jumps over the lazy dog and the hen. " * 40)
+    words = ["--text", str(file), "--width", "16", "--depth", "2", "--context", "19", "--steps", "40"]
+    name = "10_transformer_in_two_blocks.py"
+    reached = main_of(name)(words)
+    alone = re.findall(r"block \d: (\S+) nats", capsys.readouterr().out)
+    assert re.findall(r"2 ranks.*block \d: (\S+) nats", on_two_ranks(*words, name=name)) == alone
+    assert reached < 1.5
+    assert float(alone[-1]) == pytest.approx(reached, abs=1e-6)

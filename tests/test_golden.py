@@ -21,7 +21,7 @@ import torch
 from piecework import losses
 from piecework.fit import fit
 from piecework.formats import model_bytes
-from piecework.methods import ADMM, CG, LBFGS, METHODS, SGD, Adam, BlockADMM, DeepFacto, GaussNewton
+from piecework.methods import ADMM, CG, LBFGS, METHODS, SGD, Adam, BlockADMM, DeepFacto, GaussNewton, Local
 from piecework.models import mlp
 from piecework.testing.check import classes
 from piecework.training import Method
@@ -37,6 +37,7 @@ RECIPES: dict[str, Callable[[], Method]] = {
     "gauss-newton": GaussNewton,
     "block-admm": partial(BlockADMM, lr=0.03, sweeps=2, local_steps=2, alpha_beta=0.5, dual_step=0.5),
     "deepfacto": partial(DeepFacto, lr=0.03),
+    "local": partial(Local, blocks=3, lr=0.03, coupling="overlap", heads="mlp", head_width=4),
 }
 
 

@@ -293,7 +293,7 @@ def test_settings_that_are_not_used_warn() -> None:
 
 def test_ranks_that_were_started_otherwise_are_refused_on_all_ranks() -> None:
     def other_settings(group: Group) -> str:
-        with pytest.raises(BadInput, match="rank 2 was started with lr 0.2, rank 0 with 0.1") as caught:
+        with pytest.raises(BadInput, match=r"rank 2 was started with lr 0\.2, rank 0 with 0\.1") as caught:
             Gossip(lr=0.2 if group.rank == 2 else 0.1).bind(network(), LOSS, group=group)
         return str(caught.value)
 

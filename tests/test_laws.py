@@ -14,7 +14,19 @@ from torch import nn
 from piecework import losses
 from piecework.group import Group, Solo
 from piecework.losses import Loss
-from piecework.methods import ADMM, CG, LBFGS, METHODS, SGD, Adam, BlockADMM, DeepFacto, GaussNewton, Gossip
+from piecework.methods import (
+    ADMM,
+    CG,
+    LBFGS,
+    METHODS,
+    SGD,
+    Adam,
+    BlockADMM,
+    DeepFacto,
+    GaussNewton,
+    Gossip,
+    Local,
+)
 from piecework.methods.gauss_newton.choice import SOLVERS
 from piecework.models import mlp
 from piecework.testing.check import LAWS, Case, check_training, classes
@@ -49,6 +61,14 @@ CASES: dict[str, tuple[Callable[[], Method], int]] = {
     "gossip-slow": (partial(Gossip, overlap=1, on_time=True, slow_every=3, slow_momentum=0.5, lr=0.1), 12),
     "gossip-tracking": (partial(Gossip, overlap=1, every=2, on_time=True, tracking=True, lr=0.1), 12),
     "gossip-adam": (partial(Gossip, overlap=0, rule="adam", step_on="z", graph="mixed-radix", lr=0.03), 12),
+    "local": (partial(Local, at=(1, 2), lr=0.03), 12),
+    "local-overlap": (partial(Local, at=(1, 2), lr=0.03, coupling="overlap"), 12),
+    "local-chunk": (partial(Local, at=(1, 2), lr=0.03, coupling="chunk"), 12),
+    "local-interlock": (partial(Local, at=(1, 2), lr=0.03, coupling="interlock"), 12),
+    "local-late": (partial(Local, at=(1, 2), lr=0.03, coupling="overlap", staleness=1, probe_every=1), 16),
+    "local-mlp-heads": (partial(Local, at=(1, 2), lr=0.03, heads="mlp", head_width=5), 12),
+    "local-infopro": (partial(Local, at=(1, 2), lr=0.03, heads="infopro", head_width=5), 12),
+    "local-annealed": (partial(Local, at=(1, 2), lr=0.03, anneal=(3, 9), every_head=True, probe_every=2), 12),
     "sgd": (SGD, 12),
     "adam": (partial(Adam, lr=0.03), 12),
     "lbfgs": (LBFGS, 6),

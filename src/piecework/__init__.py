@@ -13,7 +13,7 @@ from .fit import fit
 from .group import Group, Ranks, Solo
 from .history import History
 from .losses import Hinge, Logistic, Loss, Softmax, Squared
-from .methods import ADMM, CG, LBFGS, SGD, Adam, BlockADMM, DeepFacto, GaussNewton, Gossip
+from .methods import ADMM, CG, LBFGS, SGD, Adam, BlockADMM, DeepFacto, GaussNewton, Gossip, Local
 from .split import split
 from .training import BadInput, Batch, CannotTrain, DidNotSolve, Method, Metrics, PeerLost, Training
 
@@ -41,6 +41,7 @@ __all__ = [
     "Group",
     "Hinge",
     "History",
+    "Local",
     "Logistic",
     "Loss",
     "Method",

@@ -16,6 +16,7 @@ from . import formats, storage
 from .checkpoint import MODEL, RECIPE, RunFolder, from_rank_zero
 from .group import Group, Solo
 from .models import mlp
+from .models.transformer import transformer_of
 from .nn import Standardise
 from .training import BadInput, Training
 
@@ -70,13 +71,14 @@ def _scaled(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
 
 
 def rebuild(recipe: Mapping[str, Any], path: Path, *, limit: int) -> nn.Module:
-    """The network that a recipe describes, with start weights: scaling, then an `mlp`.
+    """The network that a recipe describes, with start weights: scaling, then an `mlp`, or a transformer of equal
+    widths.
 
-    recipe["model"] is {"kind": "mlp", "num_features", "hidden", "num_outputs", "activation", "dtype"}, and
-    "factors" where there is an NMF layer. A network of more than `limit` numbers is refused before it is made. Raises
-    BadInput naming the file."""
+    recipe["model"] is {"kind": "mlp" or "transformer", "num_features", "hidden", "num_outputs", "activation", "dtype"},
+    and "factors" where there is an NMF layer. A network of more than `limit` numbers is refused before it is made.
+    Raises BadInput naming the file."""
     spec = recipe.get("model")
-    if not isinstance(spec, dict) or spec.get("kind") != "mlp":
+    if not isinstance(spec, dict) or spec.get("kind") not in ("mlp", "transformer"):
         named = spec.get("builder") if isinstance(spec, dict) else None
         what = f"built by {str(named)[:60]!r}, which is not imported" if named else "not one that piecework builds"
         raise BadInput(f"the network in {path} is {what}; make it yourself and give it as model=")
@@ -91,13 +93,26 @@ def rebuild(recipe: Mapping[str, Any], path: Path, *, limit: int) -> nn.Module:
         raise BadInput(f"{path} does not say the widths of the network")
     if not isinstance(activation, str) or not isinstance(dtype, str) or dtype not in _DTYPES:
         raise BadInput(f"{path} does not say the network's activation and dtype ({', '.join(_DTYPES)})")
+    kind = _DTYPES[dtype]
+    if spec["kind"] == "transformer":
+        return _transformer(widths, kind, path, limit)
     factors = spec.get("factors")
     if factors is not None and not (formats.whole(factors) and 0 < factors <= (hidden or [0])[-1]):
         raise BadInput(f"{path} does not say the rank of the network's NMF layer")
     layers = widths if factors is None else [*widths[:-1], factors, widths[-1]]
     if sum((fan_in + 1) * fan_out for fan_in, fan_out in pairwise(layers)) > limit:
         raise BadInput(f"{path} describes a larger network than {MODEL} holds")
-    kind = _DTYPES[dtype]
     scaling = Standardise(torch.zeros(widths[0], dtype=kind), torch.ones(widths[0], dtype=kind))
     network = mlp(widths[0], hidden, widths[-1], activation=activation, factors=factors, dtype=kind)
+    return nn.Sequential(OrderedDict(scaling=scaling, network=network))
+
+
+def _transformer(widths: list[int], dtype: torch.dtype, path: Path, limit: int) -> nn.Module:
+    context, *hidden, vocabulary = widths
+    if not hidden or len(set(hidden)) > 1:
+        raise BadInput(f"{path} does not say the one width of the transformer")
+    if hidden[0] * (context + 2 * vocabulary + 12 * hidden[0] * len(hidden)) > limit:
+        raise BadInput(f"{path} describes a larger network than {MODEL} holds")
+    scaling = Standardise(torch.zeros(context, dtype=dtype), torch.ones(context, dtype=dtype))
+    network = transformer_of(context, hidden, vocabulary, dtype=dtype)
     return nn.Sequential(OrderedDict(scaling=scaling, network=network))

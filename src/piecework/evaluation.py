@@ -48,21 +48,24 @@ def score_name(task: Task) -> str:
 def sums(model: nn.Module, part: Batch, rows: slice, loss: Loss, task: Task) -> Sums:
     """What these rows of a part add to its loss and score, in float64: [rows, total loss, ...].
 
-    For classes the third entry counts the rows decided right; a row with an output that is not finite is not right.
+    For classes the third entry counts the rows decided right (of a sequence, the part of its tokens); what has an
+    output that is not finite is not right.
     For real targets the rest are, for each of the k outputs, the squared residuals, and the targets and their squares
     counted from the part's first row (so that a large mean costs no digits)."""
     device = device_of(model)
     width = 3 * part.y.shape[1] if task == "regression" else 1
     found = torch.zeros(2 + width, dtype=torch.float64, device="cpu")
     with deployed(model):
-        for start in range(rows.start, rows.stop, TILE):
-            tile = slice(start, min(start + TILE, rows.stop))
+        size = TILE if part.y.is_floating_point() else max(1, TILE // max(1, part.y[:1].numel()))
+        for start in range(rows.start, rows.stop, size):
+            tile = slice(start, min(start + size, rows.stop))
             y = part.y[tile].to(device)
             z = model(part.x[tile].to(device))
             if task == "regression":
                 figures = _squares(z, y, part.y[:1])
             else:
-                figures = ((loss.decide(z) == y) & z.isfinite().all(1)).sum().reshape(1)
+                right = (loss.decide(z) == y) & z.isfinite().all(-1)
+                figures = (right.double().flatten(1).mean(1) if right.dim() > 1 else right).sum().reshape(1)
             total = loss.total(z, y).reshape(1)
             found[0] += len(y)
             found[1:] += torch.cat([total.to("cpu", torch.float64), figures.to("cpu", torch.float64)])

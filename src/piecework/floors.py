@@ -78,7 +78,9 @@ class Floor:
 
 
 def simple(data: Dataset) -> list[Floor]:
-    """The floors that need no network: the constant and the linear one."""
+    """The floors that need no network: the constant and the linear one; none for sequences."""
+    if data.sequences:
+        return []
     return [constant(data), linear(data)]
 
 

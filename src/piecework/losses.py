@@ -1,7 +1,8 @@
 """Losses and what each can do: value, closed-form gradient and curvature at the outputs, proximal map.
 
 A *total* is a sum over samples, the papers' convention; calling the loss gives the mean, which every report shows.
-z: (n, k) outputs; y: (n,) int64 classes from 0, or (n, k) real targets.
+z: (n, k) outputs; y: (n,) int64 classes from 0, or (n, k) real targets. Of sequences, z (n, T, k) and y (n, T), the
+softmax loss takes the mean over the T tokens as the loss of a sample; it has no closed forms for them.
 """
 
 from __future__ import annotations
@@ -263,7 +264,7 @@ class Logistic:
 
 @dataclass(frozen=True)
 class Softmax:
-    """Softmax cross-entropy of k >= 2 outputs."""
+    """Softmax cross-entropy of k >= 2 outputs, of rows or of the tokens of sequences."""
 
     label_smoothing: float = 0.0
     """In [0, 1): targets become y (1 - smoothing) + smoothing / k, as in torch."""
@@ -275,16 +276,27 @@ class Softmax:
         _need_part(self.name, self.label_smoothing)
 
     def targets(self, y: Tensor, num_outputs: int, dtype: torch.dtype) -> Tensor:
+        if y.dim() > 1 and not y.is_floating_point():
+            raise CannotTrain(
+                "the softmax loss has no closed forms for sequences of classes, which this method asks for; train with "
+                "local, adam, sgd, lbfgs or cg"
+            )
         return encode(y, num_outputs, dtype) * (1 - self.label_smoothing) + self.label_smoothing / num_outputs
 
     def __call__(self, z: Tensor, y: Tensor) -> Tensor:
+        if z.dim() > 2:
+            z, y = z.flatten(0, -2), y.flatten()
         return F.cross_entropy(z, y, label_smoothing=self.label_smoothing, reduction="sum") / max(1, len(z))
 
     def total(self, z: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(z, y, label_smoothing=self.label_smoothing, reduction="none").double().sum()
+        tokens = y[:1].numel() or 1
+        if z.dim() > 2:
+            z, y = z.flatten(0, -2), y.flatten()
+        each = F.cross_entropy(z, y, label_smoothing=self.label_smoothing, reduction="none")
+        return each.double().sum() if tokens == 1 else each.double().sum() / tokens
 
     def decide(self, z: Tensor) -> Tensor:
-        return z.argmax(1)
+        return z.argmax(-1)
 
     def gradient(self, z: Tensor, y: Tensor) -> Tensor:
         return torch.softmax(z, 1) - self.targets(y, z.shape[1], z.dtype)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..data import Dataset
 from ..models import mlp
+from ..models.transformer import transformer_of
 from ..nn import Standardise
 from ..training import BadInput, Method
 from .options import NetworkOptions
@@ -31,7 +32,7 @@ def description(options: NetworkOptions, data: Dataset) -> dict[str, Any]:
         return {"kind": "function", "builder": options.model, **shape}
     layers = {"hidden": list(options.hidden), "activation": options.activation}
     factors = {} if options.factors is None else {"factors": options.factors}
-    return {"kind": "mlp", **layers, **factors, **shape}
+    return {"kind": "transformer" if data.sequences else "mlp", **layers, **factors, **shape}
 
 
 def for_method(options: NetworkOptions, method: Method) -> NetworkOptions:
@@ -45,7 +46,7 @@ def for_method(options: NetworkOptions, method: Method) -> NetworkOptions:
 def build(options: NetworkOptions, data: Dataset, seed: int) -> nn.Sequential:
     """The network with its start weights, which only `seed` decides, behind `Standardise`. Raises BadInput."""
     if options.model is None:
-        network = _layers(options, data, seed)
+        network = (_transformer if data.sequences else _layers)(options, data, seed)
     else:
         network = _own(options.model, data, seed).to(DTYPES[options.dtype])
         _try(network, options, data)
@@ -77,6 +78,22 @@ def _layers(options: NetworkOptions, data: Dataset, seed: int) -> nn.Module:
         seed=seed,
         dtype=dtype,
     )
+
+
+def _transformer(options: NetworkOptions, data: Dataset, seed: int) -> nn.Module:
+    """A block for each hidden width, which must be equal; heads are those of `transformer_of`."""
+    if not options.hidden or len(set(options.hidden)) > 1 or options.hidden[0] < 1:
+        raise BadInput(
+            "--hidden of sequences takes one width, once for each transformer block, for example --hidden 64 64, and "
+            f"was given {' '.join(map(str, options.hidden)) or 'none'}"
+        )
+    if options.factors is not None:
+        raise BadInput(
+            "an NMF layer (--factors, or what deepfacto puts in) is of fully connected networks, and rows of this data "
+            "are sequences; leave it out, or train with local or adam"
+        )
+    dtype = DTYPES[options.dtype]
+    return transformer_of(data.num_features, options.hidden, data.num_outputs, seed=seed, dtype=dtype)
 
 
 def function(name: str) -> Callable[[int, int], nn.Module]:
@@ -126,9 +143,10 @@ def _try(network: nn.Module, options: NetworkOptions, data: Dataset) -> None:
     finally:
         for module, mode in modes:
             module.training = mode
-    if not isinstance(z, Tensor) or z.shape != (2, data.num_outputs):
+    wanted = (2, *([data.num_features] if data.sequences else []), data.num_outputs)
+    if not isinstance(z, Tensor) or z.shape != wanted:
         gave = tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__
-        raise BadInput(f"--model: 2 rows give {gave}; this data needs outputs of shape (2, {data.num_outputs})")
+        raise BadInput(f"--model: 2 rows give {gave}; this data needs outputs of shape {wanted}")
 
 
 def shape(options: NetworkOptions, data: Dataset) -> str:

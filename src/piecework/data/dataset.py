@@ -54,6 +54,11 @@ class Dataset:
             raise BadInput(f"a binary data set has two classes, got {self.classes}")
 
     @property
+    def sequences(self) -> bool:
+        """Whether a row is a sequence of tokens (n, T), with a class for each of them."""
+        return self.task == "multiclass" and self.train.y.dim() == 2
+
+    @property
     def num_features(self) -> int:
         """d: what the network takes, a picture counted pixel by pixel."""
         return self.mean.numel()

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ..training import BadInput, Task
-from . import checks, files, named
+from . import checks, files, named, text
 from .assemble import assemble
 from .dataset import Dataset
 from .npz import MAP_FROM
@@ -41,7 +41,8 @@ def load(
     Raises BadInput, in one sentence."""
     _check_settings(task, rows, test_rows, validation, seed, dtype)
     source = open_source(name_or_path, target)
-    return assemble(source, task=task, rows=rows, test_rows=test_rows, validation=validation, seed=seed, dtype=dtype)
+    make = text.assemble if source.characters else assemble
+    return make(source, task=task, rows=rows, test_rows=test_rows, validation=validation, seed=seed, dtype=dtype)
 
 
 def open_source(

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ..training import BadInput
-from . import bundled, delimited, idx, npz, openml
+from . import bundled, delimited, idx, npz, openml, text
 from .places import VARIABLE, cache_folder, look_in, places
 from .source import Array, Source
 from .table import to_train
@@ -216,6 +216,14 @@ NAMED: dict[str, Named] = {
         home=openml.Home(data_id=41083, adapt=_adapt_olivetti, shape=(400, 64, 64)),
         decode=_decode_olivetti,
         advice="save the pictures as olivetti/olivetti.npz (x 400 x 64 x 64 bytes, y 0 to 39)",
+    ),
+    "shakespeare": Named(
+        what="plays of Shakespeare, windows of 128 characters: the next one",
+        size="7,842 + 871 x 128, 65 classes",
+        origin="public domain, collected by Andrej Karpathy",
+        files=("text/tinyshakespeare.txt",),
+        read=text.read,
+        advice="save the text as text/tinyshakespeare.txt (or .txt.gz)",
     ),
     **{f"uci/{table}": _uci(table, *about) for table, about in _UCI.items()},
 }

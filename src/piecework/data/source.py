@@ -29,6 +29,8 @@ class Source:
     """Known for named sets; None is inferred from `y`."""
     white: float | None = None
     """For pictures: the value of white, by which every pixel is divided."""
+    characters: tuple[str, ...] = ()
+    """For windows of text: what their codes stand for, in order."""
     feature_names: tuple[str, ...] = ()
     target_name: str | None = None
     test_is: str = "test rows of its own"

@@ -11,6 +11,7 @@ from .first_order import SGD, Adam
 from .gauss_newton import GaussNewton
 from .gossip import Gossip
 from .lbfgs import LBFGS
+from .local import Local
 
 METHODS: dict[str, type[Method]] = {
     "admm": ADMM,
@@ -18,6 +19,7 @@ METHODS: dict[str, type[Method]] = {
     "block-admm": BlockADMM,
     "deepfacto": DeepFacto,
     "gossip": Gossip,
+    "local": Local,
     "sgd": SGD,
     "adam": Adam,
     "lbfgs": LBFGS,
@@ -25,4 +27,4 @@ METHODS: dict[str, type[Method]] = {
 }
 """Recipe classes by their kebab-case names."""
 
-__all__ = ["ADMM", "CG", "LBFGS", "METHODS", "SGD", "Adam", "BlockADMM", "DeepFacto", "GaussNewton", "Gossip"]
+__all__ = ["ADMM", "CG", "LBFGS", "METHODS", "SGD", "Adam", "BlockADMM", "DeepFacto", "GaussNewton", "Gossip", "Local"]

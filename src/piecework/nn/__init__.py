@@ -2,6 +2,7 @@
 
 from .activations import HardSigmoid, Sign
 from .black_box import BlackBox
+from .early_exit import EarlyExit
 from .nmf import NMF
 from .order import OneHot, Sort, TopK
 from .projections import NonNegative, Simplex
@@ -13,6 +14,7 @@ from .standardise import Standardise
 __all__ = [
     "NMF",
     "BlackBox",
+    "EarlyExit",
     "HardSigmoid",
     "LinearProxLayer",
     "NonNegative",

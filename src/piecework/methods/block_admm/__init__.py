@@ -37,10 +37,10 @@ from torch import nn
 from ...group import Group, current
 from ...losses import Loss
 from ...training import BadInput, Batch, Training
+from ..blocks import Factory
 from ..parameters import fused_kernels
 from ..schedule import Schedule, check_schedule
 from .at_work import BlocksAtWork
-from .block import Factory
 
 __all__ = ["BlockADMM"]
 

@@ -13,13 +13,13 @@ from ...evaluation import device_of
 from ...group import Group
 from ...losses import Loss, smoothed
 from ...training import BadInput, Batch, CannotTrain, Metrics
+from ..blocks import Block, owners
 from ..optimizer_state import entries_of, put_entries
 from ..parameters import share_from, start_from_rank_0
 from ..schedule import set_rate
 from .bench import Bench
-from .block import Block
 from .cuts import cut
-from .neighbours import Neighbours, owners
+from .neighbours import Neighbours
 from .pipeline import Pipeline
 from .stall import Stall
 from .sweep import Penalties

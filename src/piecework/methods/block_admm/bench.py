@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ...group import Group
 from ...losses import Loss
-from .block import Block
+from ..blocks import Block
 from .neighbours import Neighbours
 from .sweep import Penalties
 

@@ -8,6 +8,7 @@ from ...layers import is_sequence, layers
 from ...nn.prox_layer import ProxLayer
 from ...split import split
 from ...training import BadInput, CannotTrain
+from ..blocks import is_prox
 from ..parameters import trainable
 
 
@@ -39,11 +40,6 @@ def cut(model: nn.Module, *, at: tuple[int | str, ...], blocks: int | None) -> l
     known = {id(one) for block in found for one in block.parameters()}
     assert all(id(one) in known for one in parameters)
     return found
-
-
-def is_prox(block: nn.Module) -> bool:
-    """Whether a block is a layer that gives its input's proximal step in the place of a derivative."""
-    return isinstance(block, nn.Sequential) and len(block) == 1 and isinstance(block[0], ProxLayer)
 
 
 def _cut(model: nn.Module, at: tuple[int | str, ...], blocks: int | None) -> list[nn.Sequential]:

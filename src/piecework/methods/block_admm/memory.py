@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...training import BadInput, Batch
-from .block import Cut
+from .variable import Cut
 
 
 class Memory(Protocol):

@@ -7,29 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ...evaluation import deployed
 from ...group import Group, Pending
-from ...training import CannotTrain
-
-
-def owners(costs: Sequence[float], size: int) -> list[int]:
-    """The rank of each block: consecutive blocks, at least one a rank, the most expensive rank as cheap as can be."""
-    best: list[dict[int, tuple[float, int]]] = [{0: (0.0, 0)}]
-    for _ in range(size):
-        row = {}
-        for end in range(1, len(costs) + 1):
-            choices = [
-                (max(worst, sum(costs[start:end])), start) for start, (worst, _) in best[-1].items() if start < end
-            ]
-            if choices:
-                row[end] = min(choices)
-        best.append(row)
-    found, end = [0] * len(costs), len(costs)
-    for rank in range(size - 1, -1, -1):
-        start = best[rank + 1][end][1]
-        found[start:end] = [rank] * (end - start)
-        end = start
-    return found
+from ..blocks import one_row
 
 
 class Neighbours:
@@ -53,16 +32,8 @@ class Neighbours:
         if self._known == (x.shape[1:], x.dtype):
             return
         self._known = (x.shape[1:], x.dtype)
-        h: Tensor = x[:1]
-        for number, block in enumerate(self._blocks[: self._last + 1]):
-            with deployed(block):
-                h = block(h)
-            if not isinstance(h, Tensor):
-                raise CannotTrain(
-                    f"block {number} gives a {type(h).__name__}, and block-admm joins blocks by one tensor; "
-                    "cut elsewhere (at=)"
-                )
-            self._shapes[number] = (h.shape[1:], h.dtype)
+        rows = one_row(self._blocks[: self._last + 1], x)
+        self._shapes = {number: (row.shape[1:], row.dtype) for number, row in enumerate(rows)}
 
     def up(self, given: Tensor) -> None:
         """Send what this rank's last block gave to the rank above."""

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ...training import Batch, Metrics
 from .bench import Bench
-from .block import Cut
 from .probe import cosine, figures
 from .sweep import Sweep
+from .variable import Cut
 
 
 class Pipeline:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ...group import Group
 from ...training import Metrics
-from .block import Cut
 from .sweep import Sweep
+from .variable import Cut
 
 
 def cosine(steps: Mapping[int, Sequence[Tensor]], true: Mapping[int, Sequence[Tensor]], group: Group) -> Tensor:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ...losses import Loss
 from ...training import CannotTrain
-from .block import Block, Cut
+from ..blocks import Block
 from .neighbours import Neighbours
+from .variable import Cut
 
 Start = Callable[[int, Tensor], Cut]
 """(number of a block, what the block below gave) -> the variable on that block's input."""

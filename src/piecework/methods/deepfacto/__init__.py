@@ -42,7 +42,7 @@ from torch import nn
 from ...group import Group, current
 from ...losses import Loss
 from ...training import BadInput, Batch, Training
-from ..block_admm.block import Factory
+from ..blocks import Factory
 from ..parameters import fused_kernels
 from ..schedule import Schedule, check_schedule
 from .at_work import FactorsAtWork

@@ -15,7 +15,7 @@ from ...group import Group
 from ...losses import Loss, smoothed
 from ...nn.nmf import Sums, as_images, as_rows
 from ...training import BadInput, Batch, CannotTrain, Metrics, stream
-from ..block_admm.block import Block
+from ..blocks import Block
 from ..optimizer_state import entries_of, put_entries
 from ..parameters import share_from_rank_0, start_from_rank_0, trainable
 from ..schedule import set_rate

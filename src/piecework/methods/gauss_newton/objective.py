@@ -90,6 +90,7 @@ class LeastSquares:
         self.parameters = trainable(model, "gauss-newton")
         self.tile = tile or _tile_for(self.parameters)
         refuse_noise_and_coupling(model, "gauss-newton")
+        _refuse_tokens(model)
         self.num_columns = sum(parameter.numel() for parameter in self.parameters)
         self.dtype, self.device = self.parameters[0].dtype, self.parameters[0].device
         start_from_rank_0(model, group)
@@ -244,3 +245,12 @@ def _tile_for(parameters: Sequence[nn.Parameter]) -> int:
     """Rows such that a tile of the widest layer has about as many numbers as TILE says."""
     widest = max((len(parameter) for parameter in parameters if parameter.dim() > 1), default=1)
     return min(MOST_ROWS, max(LEAST_ROWS, TILE // widest))
+
+
+def _refuse_tokens(model: nn.Module) -> None:
+    found = next((name for name, module in model.named_modules() if isinstance(module, nn.Embedding)), None)
+    if found is not None:
+        raise CannotTrain(
+            f"gauss-newton takes rows of real numbers, and layer {found} (Embedding) takes tokens; train with local, "
+            "adam or sgd"
+        )

@@ -1,72 +1,68 @@
-"""A block at work: evaluations that repeat within a step, its optimiser, and the variable on its input."""
+"""Blocks of a network at work: where it is cut, who holds which, and evaluations that repeat within a step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ...nn import NMF
-from ...nn.prox_layer import LinearProxLayer
-from ...training import CannotTrain, stream
-from ..noise import forked_generator, may_draw
-from .cuts import is_prox
+from ..evaluation import deployed
+from ..nn import NMF
+from ..nn.prox_layer import LinearProxLayer, ProxLayer
+from ..training import CannotTrain, stream
+from .noise import forked_generator, may_draw
 
 Factory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
-@dataclass
-class Cut:
-    """The variable X = f + d on the input of a block, all (n, ...), and its scaled dual u.
+def is_prox(block: nn.Module) -> bool:
+    """Whether a block is a layer that gives its input's proximal step in the place of a derivative."""
+    return isinstance(block, nn.Sequential) and len(block) == 1 and isinstance(block[0], ProxLayer)
 
-    f: what the block below gave; d: how far X is from it, None for 0; u: None for 0. X itself is not kept: at a large
-    penalty the displacement would drown in its rounding."""
 
-    f: Tensor
-    d: Tensor | None = None
-    u: Tensor | None = None
-    moved: Tensor | None = None
-    """How far X went in the last move, where `watched`."""
-    watched: bool = False
+def owners(costs: Sequence[float], size: int) -> list[int]:
+    """The rank of each block: consecutive blocks, at least one a rank, the most expensive rank as cheap as can be."""
+    best: list[dict[int, tuple[float, int]]] = [{0: (0.0, 0)}]
+    for _ in range(size):
+        row = {}
+        for end in range(1, len(costs) + 1):
+            choices = [
+                (max(worst, sum(costs[start:end])), start) for start, (worst, _) in best[-1].items() if start < end
+            ]
+            if choices:
+                row[end] = min(choices)
+        best.append(row)
+    found, end = [0] * len(costs), len(costs)
+    for rank in range(size - 1, -1, -1):
+        start = best[rank + 1][end][1]
+        found[start:end] = [rank] * (end - start)
+        end = start
+    return found
 
-    @property
-    def x(self) -> Tensor:
-        return self.f if self.d is None else self.f + self.d
 
-    @property
-    def reach(self) -> Tensor | None:
-        """d - u: where the block below is to move its output, from what it gave; None for nowhere."""
-        if self.u is None:
-            return self.d
-        return -self.u if self.d is None else self.d - self.u
+def not_a_tensor(block: nn.Module, number: int, out: object) -> CannotTrain:
+    """The refusal of a block that gives something else than one tensor."""
+    last = block[-1] if isinstance(block, nn.Sequential) else block
+    return CannotTrain(
+        f"block {number} (its last layer is {type(last).__name__}) gives a {type(out).__name__}, and blocks are joined "
+        "by one tensor; cut elsewhere (at=)"
+    )
 
-    def gradient_step(self, gradient: Tensor, alpha: float | Tensor, beta: float | Tensor) -> None:
-        """X <- X - alpha [gradient + beta (X - f - u)], the gradient being that of what lies above, a sample."""
-        move = gradient * -alpha
-        kept = 1 - alpha * beta
-        if self.u is not None:
-            move = move + alpha * beta * self.u
-        if self.d is not None and not (isinstance(kept, float) and kept == 0):
-            move = move + kept * self.d
-        self.put(move)
 
-    def put(self, d: Tensor) -> None:
-        """Move X to f + d."""
-        if self.watched:
-            self.moved = d if self.d is None else d - self.d
-        self.d = d
-
-    def refresh(self, f: Tensor, dual_step: float) -> Tensor:
-        """The block below gives f now: X stays, the dual moves by dual_step times the residual c = f - X, returned."""
-        c = (f - self.f) if self.d is None else (f - self.f) - self.d
-        self.f, self.d = f, -c
-        if dual_step:
-            self.u = dual_step * c if self.u is None else self.u + dual_step * c
-        return c
+def one_row(blocks: Iterable[nn.Module], x: Tensor) -> list[Tensor]:
+    """What each block gives for the first row, (1, ...), as it is deployed. Raises CannotTrain for no tensor."""
+    found: list[Tensor] = []
+    h: Any = x[:1]
+    for number, block in enumerate(blocks):
+        with deployed(block):
+            h = block(h)
+        if not isinstance(h, Tensor):
+            raise not_a_tensor(block, number, h)
+        found.append(h)
+    return found
 
 
 class Block:
@@ -88,21 +84,23 @@ class Block:
         self._noise = stream(self._seed, self.number, step).initial_seed() if self._draws else None
         self._moved = again
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """The block's output, with a graph where gradients are recorded."""
+    def __call__(self, x: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The block's output, with a graph where gradients are recorded.
+
+        weights: parameters by name to take in the place of the block's own."""
         with forked_generator(self._noise, self._device):
-            out = self._again(x) if self._buffers and self._moved else self.module(x)
+            if self._buffers and self._moved:
+                out = self._again(x, weights or {})
+            else:
+                out = functional_call(self.module, dict(weights), (x,)) if weights else self.module(x)
         self._moved = True
         if not isinstance(out, Tensor):
-            raise CannotTrain(
-                f"block {self.number} (its last layer is {type(self.module[-1]).__name__}) gives a "
-                f"{type(out).__name__}, and block-admm joins blocks by one tensor; cut elsewhere (at=)"
-            )
+            raise not_a_tensor(self.module, self.number, out)
         return out
 
-    def _again(self, x: Tensor) -> Tensor:
+    def _again(self, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         """The output once more: on copies of the statistics, and with dictionaries that stay."""
-        kept = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
+        kept = {name: buffer.clone() for name, buffer in self.module.named_buffers()} | dict(weights)
         tracked = [one for one in self.module.modules() if isinstance(one, NMF) and one.track]
         for layer in tracked:
             layer.track = False

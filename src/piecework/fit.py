@@ -62,7 +62,8 @@ def fit(
 
     training, loss: a method bound to a model, and the user's loss, which rows report (without label smoothing).
     data: its `train` part is stepped on; `validation` may stop the run and choose the network; `test` is only reported.
-    group: the ranks; by default those the training was bound with, else the running torch process group, else one.
+    group: the ranks, for a Training that does not say which it was bound with (`group`); by default the running torch
+        process group, else one.
     steps, epochs, seconds: limits, in all (a resumed run counts from its first start). A step is one `training.step`;
         an epoch one pass of mini-batches over the training rows, or one step of a full-batch method; seconds are spent
         in steps and in fetching their rows, on rank 0's clock, and evaluation is not counted.
@@ -89,7 +90,7 @@ def fit(
     and raises KeyboardInterrupt (on several ranks: at the next evaluation, on all); a second one raises at once.
     Raises BadInput for settings, data or a folder that cannot be used, CannotTrain for a loss that does not fit the
     data, PeerLost when a rank is lost."""
-    group = group or getattr(training, "group", None) or current()
+    group = getattr(training, "group", None) or group or current()
     device = device_of(training.model)
     batch_size, seed = int(batch_size), int(seed)  # numpy's integers too
     _check(data)
@@ -285,6 +286,8 @@ class _Loop:
         if self.best is not None:
             self.best.look(row, self.training.model)
             self.history.deployed_step = self.best.step
+        if group.rank == 0 and self.folder is not None:
+            self.history.path = self.folder.path / HISTORY  # rank 0 may be another one than at the start
         self.history.append(row)
         wish = "interrupted" if asked() else None
         try:

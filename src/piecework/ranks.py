@@ -90,6 +90,7 @@ class Ranks:
         self._packs = messages.Packs()
         self._lost: PeerLost | None = None
         self._mailboxes: list[Mailbox] = []
+        self._others: list[Ranks] = []
 
     def sum_(self, *tensors: Tensor) -> None:
         messages.check_summable("sum_", tensors)
@@ -207,6 +208,14 @@ class Ranks:
         self._mailboxes.append(box)
         return box
 
+    def again(self, members: Sequence[int], epoch: int) -> Ranks:
+        """A new group of these ranks, who all call this with the same numbers, over connections of its own."""
+        assert self.store is not None
+        store = named(self.store, f"piecework/again {epoch}")
+        group = Ranks.met(store, members.index(self.rank), len(members), timeout=self.timeout)
+        self._others.append(group)
+        return group
+
     @property
     def _limit(self) -> timedelta:
         return timedelta(seconds=self.timeout)
@@ -239,6 +248,8 @@ class Ranks:
 
     def leave(self) -> None:
         """Close the mailboxes, and let go of the process group, which is about to be destroyed; no verb may follow."""
+        for other in self._others:
+            other.leave()
         for box in self._mailboxes:
             box.close()
         del self._pg, self.store

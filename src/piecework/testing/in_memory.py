@@ -56,13 +56,15 @@ class Board:
     size: ranks. wait: seconds a verb may wait. end: moment (`time.monotonic`) after which nobody waits any more."""
 
     def __init__(self, size: int, *, wait: float, end: float) -> None:
-        self.size, self.wait, self.end = size, wait, end
+        self.size, self.wait, self.end_of_time = size, wait, end
         self._changed = Condition()
         self._calls: dict[int, _Call] = {}
         self._gone: dict[int, tuple[int, str]] = {}  # rank -> (who is to blame, what became of the rank)
+        self._ended: dict[int, str] = {}  # rank -> how; who only gave up a call goes on
         self._between: dict[tuple[int, int], deque[_Message]] = {}
         self._doing: dict[int, str] = {}  # rank -> the verb it waits in
         self._offices: dict[int, Office] = {}  # by the number of the mailbox
+        self._later: dict[int, tuple[Sequence[int], Board]] = {}  # members and board by epoch
         self.store: Store = cast("Store", cast("Any", dist).HashStore())
 
     def leave(self, rank: int, why: str, blame: int | None = None) -> None:
@@ -75,11 +77,33 @@ class Board:
                     queue.clear()  # what it has posted and nobody has met dies with it, as on a closed connection
             self._changed.notify_all()
 
+    def end(self, rank: int, why: str) -> None:
+        """The rank has come to its end, here and in every group made of this one."""
+        self.leave(rank, why)
+        with self._changed:
+            self._ended[rank] = why
+            self._changed.notify_all()
+            later = list(self._later.values())
+        for members, board in later:
+            if rank in members:
+                board.end(members.index(rank), why)
+
+    def again(self, members: Sequence[int], epoch: int) -> Board:
+        """The board on which these ranks go on."""
+        with self._changed:
+            if epoch not in self._later:
+                self._later[epoch] = (members, Board(len(members), wait=self.wait, end=self.end_of_time))
+            board = self._later[epoch][1]
+            ended = {rank: why for rank, why in self._ended.items() if rank in members}
+        for rank, why in ended.items():
+            board.end(members.index(rank), why)
+        return board
+
     def mailbox(self, group: Threads, number: int, capacity: int) -> MemoryMailbox:
         """This rank's mailbox of those that all ranks make with this number."""
         with self._changed:
             office = self._offices.setdefault(number, Office())
-        return MemoryMailbox(group, office, self._changed, self._gone.keys(), capacity)
+        return MemoryMailbox(group, office, self._changed, self._ended.keys(), capacity)
 
     def meet(self, group: Threads, verb: str, offer: Any, combine: Callable[[list[Any]], Any]) -> Any:
         """Bring an offer to the group's next collective call; everybody gets what `combine` makes of all offers."""
@@ -137,7 +161,7 @@ class Board:
             raise ValueError(message.error)
 
     def _await(self, group: Threads, verb: str, *, ready: Callable[[], bool], absent: Callable[[], set[int]]) -> None:
-        until = min(time.monotonic() + self.wait, self.end)
+        until = min(time.monotonic() + self.wait, self.end_of_time)
         self._doing[group.rank] = verb
         while not ready():
             missing = sorted(absent())
@@ -227,6 +251,10 @@ class Threads:
         if send or recv:
             self.count(sum(map(messages.num_bytes, send.values())))
         return _Exchange(self, self._board, arrivals, departures)
+
+    def again(self, members: Sequence[int], epoch: int) -> Threads:
+        """A new group of these ranks, who all call this with the same numbers."""
+        return Threads(members.index(self.rank), self._board.again(members, epoch))
 
     def mailbox(self, capacity: int) -> Mailbox:
         self._num_mailboxes += 1

@@ -71,7 +71,7 @@ def threads(
                 found[rank] = fn(Threads(rank, board))
         except BaseException as error:  # whatever ends a rank is its outcome
             failures[rank], why = error, f"rank {rank} ended by {type(error).__name__}: {error}"
-        board.leave(rank, why)
+        board.end(rank, why)
 
     ranks = [threading.Thread(target=work, args=(rank,), name=f"rank-{rank}", daemon=True) for rank in range(n)]
     for thread in ranks:

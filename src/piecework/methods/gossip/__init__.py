@@ -35,6 +35,7 @@ from torch import nn
 
 from ...group import Group, current
 from ...losses import Loss
+from ...survivors import surviving
 from ...training import BadInput, Batch, Training
 from ..parameters import fused_kernels
 from ..schedule import Schedule, check_schedule
@@ -157,7 +158,7 @@ class Gossip:
     def bind(self, model: nn.Module, loss: Loss, *, group: Group | None = None) -> Training[Batch]:
         """Start a Training from the weights of rank 0. Raises CannotTrain for a model without a derivative or for label
         smoothing with a loss that has none, BadInput where ranks were given different settings or models."""
-        return GossipAtWork(self, model, loss, current() if group is None else group)
+        return GossipAtWork(self, model, loss, surviving(current() if group is None else group))
 
     def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, group: Group | None = None) -> Attached:
         """Let an optimiser of one's own gossip, in a loop of one's own: each `optimizer.step()` is followed by mixing.
@@ -166,7 +167,7 @@ class Gossip:
         optimiser, of the schedule and of the loss are not used. Raises what `bind` raises."""
         if ignored := self._changed("rule", "optimizer", "label_smoothing", "seed", *_OF_THE_OPTIMISER):
             warnings.warn(f"gossip: {ignored} is not used by attach, which takes your own optimiser", stacklevel=2)
-        return Attached(self, model, optimizer, current() if group is None else group)
+        return Attached(self, model, optimizer, surviving(current() if group is None else group))
 
     def make_optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         """The optimiser of one rank."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...group import Group
+from ...survivors import Survivors
 from ...training import Metrics
 from ..parameters import share_from_rank_0
 from .outer import SlowMomentum
@@ -54,6 +55,8 @@ class Peers:
             if recipe.slow_every
             else None
         )
+        if isinstance(group, Survivors):
+            group.evidence = self.push_sum.dead
         self._own: list[Tensor] | None = None  # this rank's estimate and buffers, while the model holds the average
         self._before: list[Tensor] = []
         self.words: dict[str, Any] = {}
@@ -107,10 +110,11 @@ class Peers:
         """The average of all ranks into the model, of running statistics too. Collective."""
         self.resume()
         held = [*self._parameters, *self._buffers()]
-        own = [tensor.detach().clone() for tensor in held]
         estimates, _, weight = self.push_sum.average()
-        statistics = [buffer.detach() / self.group.size for buffer in self._buffers()]
+        own = [tensor.detach().clone() for tensor in held]  # only now: after a death the average is preceded by repairs
+        statistics = [buffer.detach().clone() for buffer in self._buffers()]
         self.group.sum_(*statistics)
+        statistics = [total / self.group.size for total in statistics]
         torch._foreach_copy_(held, [*estimates, *statistics])
         self._share_what_is_not_averaged()
         self.words = {"consensus_distance": self._distance(own, estimates), "weight_sum": weight}

@@ -53,12 +53,26 @@ class PushSum:
         self._every, self._overlap, self._on_time = every, overlap, on_time or overlap == 0
         self._biased = biased
         self._wire = wire
+        self._graph = graph
         self._layout = Layout([*tensors, *carried], wire)
-        self._links = Links(graph, group.rank, group.size)
-        self._mailbox = group.mailbox(self._layout.length) if group.size > 1 else None
+        self._connect()
         self._arrived: list[Mass] = []
         self._last = dict.fromkeys(range(group.size), -1)  # the newest step of which a peer's message is here
+
+    def _connect(self) -> None:
+        """A mailbox, and the graph, of the ranks that are there now."""
+        group = self.group
+        self._epoch = getattr(group, "epoch", 0)
+        self._names = getattr(group, "names", tuple(range(group.size)))
+        self._links = Links(self._graph, group.rank, group.size)
+        self._mailbox = group.mailbox(self._layout.length) if group.size > 1 else None
         self._due: dict[int, int] = {}  # the newest step of which a peer's message must be here
+        if self._mailbox is not None:
+            self._mailbox.listen(self._links.sources(0))
+
+    def dead(self) -> list[int]:
+        """The names of the ranks that this one knows to be gone."""
+        return [] if self._mailbox is None else [self._names[peer] for peer in self._mailbox.gone]
 
     @torch.no_grad()
     def mix(self) -> None:
@@ -112,13 +126,37 @@ class PushSum:
 
     def drain(self) -> list[int]:
         """Wait until all that was posted to this rank is here; returns the ranks' numbers of steps. Collective."""
-        if self._mailbox is None:
-            return [self.step]
         steps = [int(step) for step in self.group.gather(torch.tensor(self.step))]
-        due = {peer: self._newest(peer, steps[peer]) for peer in range(self.group.size) if peer != self.group.rank}
-        self._mailbox.listen(peer for peer, step in due.items() if step >= 0)
-        self._wait(due)
+        if self._mailbox is not None:
+            left = getattr(self.group, "names", self._names)
+            done = {self._names.index(name): number for name, number in zip(left, steps, strict=True)}
+            own = self._names.index(left[self.group.rank])
+            due = {peer: self._newest(peer, number) for peer, number in done.items() if peer != own}
+            self._mailbox.listen(peer for peer, step in due.items() if step >= 0)
+            self._wait(due)
+        if getattr(self.group, "epoch", 0) != self._epoch:
+            self._go_on_with_those_left(steps)
+            return self.drain()
         return steps
+
+    def _go_on_with_those_left(self, steps: Sequence[int]) -> None:
+        """After a death: add what is here, raise the weights to as many as are left, and begin a new graph of them.
+
+        steps: those of the ranks that are left. Estimates stay as they are, but for what is added."""
+        self.estimates_to_numerators()
+        self._add(_Sent(1.0, 1.0, 0, 0.0), sorted(self._arrived, key=Mass.order))
+        self.numerators_to_estimates()
+        self._arrived = []
+        weight = torch.tensor(self.weight, dtype=torch.float64)
+        self.group.sum_(weight)
+        factor = self.group.size / float(weight)
+        self.weight *= factor
+        for tensor in self.carried:
+            tensor.mul_(factor)
+        if self._mailbox is not None:
+            self._mailbox.close()
+        self._connect()
+        self._last = {peer: number - 1 for peer, number in enumerate(steps)}
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's part, with the messages that it has not added yet. Collective."""

@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
-from multiprocessing import connection
+from multiprocessing import connection, get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
@@ -189,11 +189,23 @@ class Run:
         """The ranks' store; a rank reaches it by `Ranks.process_group`, and a test can wait for its keys here."""
         child = partial(_child, fn, links._prefix, links.n, links.address, self.store.port, timeout, wait)
         try:
-            with testing._one_thread(), _without_warnings():
-                testing._start(links.n, child, self._children, self._pipes)
+            self._start(child, links.n)
         except BaseException:
             self.__exit__()
             raise
+
+    def _start(self, child: Callable[..., None], n: int) -> None:
+        """Ranks are forked by a server that has imported everything: 8 start in a second, and not in 20 on 2 cores."""
+        context = get_context("forkserver")
+        context.set_forkserver_preload(["__main__", "torch.distributed", "piecework.methods", "sklearn.datasets"])
+        with testing._one_thread(), _without_warnings():
+            for rank in range(n):
+                ours, theirs = context.Pipe(duplex=False)
+                self._pipes.append(ours)
+                process = context.Process(target=child, args=(rank, theirs), daemon=True)
+                process.start()
+                self._children.append(process)
+                theirs.close()  # now the rank has the only writing end, and its death is an end of file here
 
     def __enter__(self) -> Run:
         return self

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 import report
+from calibration import Calibration, calibrate
 from gossip_baselines import AllReduce, LocalSGD, Overlapped
 from links import Links
 from piecework import Batch, Group, data
@@ -356,6 +357,12 @@ def ideal_ddp(seconds: float, buckets: int, all_reduce: Callable[[float], float]
     return free
 
 
+HEADER = (
+    "Mbit/s", "seconds", "entry", "step", "by the cost model", "computing", "exposed", "cpu a rank", "cores busy",
+    "late", "payload bytes", "wire bytes", "rounds",
+)  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", type=int, default=8)
@@ -365,22 +372,31 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     arguments = parser.parse_args()
     if reason := Links.available():
-        print(f"no shaped links here, loopback only: {reason}", flush=True)
+        raise SystemExit(f"no shaped links here: {reason}")
     optimizer = sgd(0.02)
     entries: list[tuple[str, Entry]] = [("no communication", LocalSGD(optimizer=optimizer, every=None))]
     entries += [("all-reduce after backward", AllReduce(optimizer=optimizer))]
     entries += [(f"ddp, {cap:g} MiB", Overlapped(optimizer=optimizer, bucket_cap_mb=cap)) for cap in arguments.caps]
+    print(" | ".join(HEADER))
     for rate in arguments.rates:
+        with Links(arguments.ranks, rate_mbit=rate or None) as links:
+            constants = calibrate(links)
         for seconds in arguments.seconds:
             for name, entry in entries:
                 cell = Cell(
                     entry=entry, ranks=arguments.ranks, rate_mbit=rate or None, seconds=seconds, steps=arguments.steps
                 )
-                found = run(cell)
-                exposed = found.step_s - found.computing_s
-                row = [rate, seconds, name, found.step_s, found.computing_s, exposed, found.cpu_s, found.busy,
-                       found.late_s, found.payload_bytes, found.wire_bytes, found.rounds]  # fmt: skip
-                print(" | ".join(map(report.show, row)), flush=True)
+                print(" | ".join(map(report.show, [rate, seconds, name, *_row(cell, constants)])), flush=True)
+
+
+def _row(cell: Cell, constants: Calibration) -> list[float | None]:
+    found = run(cell)
+    buckets = round(found.rounds)
+    ideal = ideal_ddp(cell.seconds, buckets, constants.ring_s, found.payload_bytes) if buckets else cell.seconds
+    return [
+        found.step_s, ideal, found.computing_s, found.step_s - found.computing_s, found.cpu_s, found.busy,
+        found.late_s, found.payload_bytes, found.wire_bytes, found.rounds,
+    ]  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -268,8 +268,10 @@ class _ADPSGD:
         return {"loss": loss}
 
     def sync(self) -> None:
-        self._own.x.copy_(self._x)
-        self._own.show_mean(self._group)
+        """The mean of the moment: averages go on meanwhile, until `close`."""
+        with self._changed:
+            self._own.x.copy_(self._x)
+        _average_(self._own.x, self._group)
 
     def close(self) -> None:
         """Even ranks finish their last average and say goodbye to every odd one, which ends those ranks' threads."""

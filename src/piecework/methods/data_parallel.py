@@ -25,9 +25,10 @@ class Bucket(Protocol):
 class DataParallel:
     """The model under `DistributedDataParallel`; on the outside it stays the plain module.
 
-    The buckets' sums are counted on the group, wait no longer than the group does, and fail as the group's verbs do."""
+    The buckets' sums are counted on the group, wait no longer than the group does, and fail as the group's verbs do.
+    bucket_cap_mb: MiB of gradients that travel together; None for torch's choice."""
 
-    def __init__(self, model: nn.Module, group: Ranks) -> None:
+    def __init__(self, model: nn.Module, group: Ranks, *, bucket_cap_mb: float | None = None) -> None:
         self._group = group
         # The start weights are equal already, and buffers stay each rank's own. torch 2.13 has another name for the
         # latter and warns of the old one.
@@ -35,7 +36,11 @@ class DataParallel:
         buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         silent: dict[str, Any] = {name: False for name in (buffers, "init_sync") if name in known}
         self._wrapped = DistributedDataParallel(
-            model, process_group=group.process_group, gradient_as_bucket_view=True, **silent
+            model,
+            process_group=group.process_group,
+            gradient_as_bucket_view=True,
+            bucket_cap_mb=bucket_cap_mb,
+            **silent,
         )
         # A lambda, because torch compares a hook's annotations, if it has any, with the class itself.
         self._wrapped.register_comm_hook(group, lambda state, bucket: _average(state, bucket))

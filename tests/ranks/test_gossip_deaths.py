@@ -1,12 +1,8 @@
 """Gossip when ranks die, hang, or are started otherwise."""
 
-import os
-import signal
-import time
 from functools import partial
 
 import pytest
-import torch
 from torch import nn
 
 import piecework
@@ -14,7 +10,6 @@ from piecework import Gossip, data, losses
 from piecework.models import mlp
 from piecework.nn import Standardise
 from piecework.testing import Faults, Killed, processes, threads
-from piecework.training import PeerLost
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -97,6 +97,7 @@ def test_every_method_has_a_help_with_its_settings(name: str, capsys: pytest.Cap
     own = [option for option, about in options(METHODS[name]).items() if about.kind != "fixed"]
     assert own
     assert all(option in said for option in own)
+    assert "callable" not in said.lower()
 
 
 @pytest.mark.parametrize("command", list(COMMANDS))
@@ -112,6 +113,15 @@ def test_settings_that_are_functions_do_not_break_the_command_line() -> None:
     words = share_out(["--ridge", "1e-3", "--widths", "3", "5"], options(Recipe))
     assert read(Recipe, words, usage="") == Recipe(ridge=1e-3, widths=(3, 5))
     assert read(Recipe, share_out(["--ridge", "None"], options(Recipe)), usage="") == Recipe()
+
+
+def test_a_setting_that_is_a_word_or_a_function_takes_the_word() -> None:
+    plan, _ = plan_of(["digits", "gossip", "--graph", "mixed-radix"])
+    assert plan.method == METHODS["gossip"](graph="mixed-radix")
+    with pytest.raises(
+        ValueError, match="--graph takes one of exponential, ring, complete, mixed-radix, and was given"
+    ):
+        plan_of(["digits", "gossip", "--graph", "tree"])
 
 
 @pytest.mark.filterwarnings("default::UserWarning")

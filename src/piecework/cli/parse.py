@@ -73,14 +73,49 @@ def _option(hint: Any) -> Option:
     origin, inside = typing.get_origin(plain), typing.get_args(plain)
     if hint is bool:
         return Option("flag", hint)
-    if any(typing.get_origin(part) is typing.get_origin(Callable[[], None]) for part in (plain, *inside)):
-        return Option("fixed", hint)
+    if _has_functions(hint):
+        words = _words_beside_functions(hint)
+        return Option("one", words) if words is not None else Option("fixed", hint)
     endless = [one for one in (plain, *inside) if typing.get_origin(one) is tuple and Ellipsis in typing.get_args(one)]
     if endless and (origin is tuple or _is_union(origin)):
         return Option("many", hint)
     if origin is tuple:
         return Option("count", hint, len(inside))
     return Option("many" if origin in (list, set, frozenset) else "one", hint)
+
+
+def _has_functions(hint: Any) -> bool:
+    parts = (hint, *typing.get_args(hint)) if _is_union(typing.get_origin(hint)) else (hint,)
+    return any(typing.get_origin(part) is typing.get_origin(Callable[[], None]) for part in parts)
+
+
+def _words_beside_functions(hint: Any) -> Any:
+    """The Literal that is accepted as well as a function, if one is."""
+    return next((part for part in typing.get_args(hint) if typing.get_origin(part) is Literal), None)
+
+
+def _constructors() -> Any:
+    """What tyro is to do about a setting that is a word or a function: take the word."""
+    import tyro
+
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def _(info: Any) -> Any:
+        words = _words_beside_functions(info.type) if _has_functions(info.type) else None
+        if words is None:
+            return None
+        names = typing.get_args(words)
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="{" + ",".join(names) + "}",
+            instance_from_str=lambda given: given[0],
+            is_instance=lambda value: value in names,
+            str_from_instance=lambda value: [value],
+            choices=names,
+        )
+
+    return registry
 
 
 def _is_union(origin: Any) -> bool:
@@ -196,6 +231,7 @@ def read(
                 prog="piecework",
                 description="",
                 config=config,
+                registry=_constructors(),
             )
     except SystemExit as end:
         if words.help:
@@ -212,6 +248,7 @@ def _help(text: str, usage: str, about: str, more: str) -> str:
     paragraphs = [" ".join(part.split()) for part in about.split("\n\n")]
     head = "\n\n".join(textwrap.fill(part, width) for part in paragraphs if part)
     listed = "\n".join(line.rstrip() for line in text.partition("\n\n")[2].strip("\n").splitlines())
+    listed = listed.partition("\n subcommands\n")[0]  # tyro's idea of a setting that is a function or several functions
     return "\n\n".join(part for part in (f"usage: {usage}", head, listed, more.rstrip()) if part) + "\n"
 
 

@@ -49,12 +49,20 @@ class Mailbox(Protocol):
     """Messages of at most `capacity` bytes between the ranks of a group; for one thread of each rank.
 
     gone: peers that post no more, because they closed their mailbox or ended; what they had posted has been taken or
-        is about to be. Of those that ended without a word, what was under way is lost."""
+        is about to be. Of those that ended without a word, what was under way is lost.
+    leaving: peers that have announced that they will go."""
 
     capacity: int
 
     @property
     def gone(self) -> frozenset[int]: ...
+
+    @property
+    def leaving(self) -> frozenset[int]: ...
+
+    def announce(self) -> None:
+        """Tell all peers that this rank will close its mailbox."""
+        ...
 
     def listen(self, peers: Iterable[int]) -> None:
         """Take messages of these peers from now on; what they have posted before waits for that."""
@@ -81,15 +89,15 @@ class Mailbox(Protocol):
         ...
 
     def wait(self, peers: Collection[int]) -> None:
-        """Return when there is something to take, or one of these peers has gone.
+        """Return when there is something to take, one of these peers has gone, or any has announced that it will.
 
         Raises PeerLost when one of them has been silent for the group's timeout, or its messages do not get through.
         A peer that is alive and has posted nothing is waited for as long as it takes."""
         ...
 
-    def close(self) -> None:
+    def close(self, *, alone: bool = False) -> None:
         """Say that nothing more will come, and end the threads when all peers have said so. Messages not taken are
-        lost."""
+        lost. alone: the peers go on; return when they have what was posted."""
         ...
 
 
@@ -119,15 +127,24 @@ class GlooMailbox:
         self._returned: list[Letter] = []
         self._free: list[Tensor] = []
         self._gone: set[int] = set()
+        self._noticed: frozenset[int] = frozenset()
         self._closed = False
         self._listeners: dict[int, Thread] = {}
-        self._senders: dict[int, SimpleQueue[Any]] = {}
+        self._senders: dict[int, tuple[SimpleQueue[Any], Thread]] = {}
         self._pulse = Pulse(named(store.clone(), "pulse"), rank, size, timeout)
 
     @property
     def gone(self) -> frozenset[int]:
         with self._changed:
             return frozenset(self._gone)
+
+    @property
+    def leaving(self) -> frozenset[int]:
+        self._noticed = self._pulse.leaving
+        return self._noticed
+
+    def announce(self) -> None:
+        self._pulse.leave()
 
     def listen(self, peers: Iterable[int]) -> None:
         for peer in peers:
@@ -163,7 +180,7 @@ class GlooMailbox:
         began = time.monotonic()
         self._pulse.watch(peers)
         with self._changed:
-            while not self._inbox and not self._gone & set(peers):
+            while not self._inbox and not self._gone & set(peers) and self._pulse.leaving == self._noticed:
                 if (broken := self._pulse.broken) is not None:
                     self._fail(*broken)
                 for peer in peers:
@@ -173,18 +190,19 @@ class GlooMailbox:
                         self._fail(peer, why)
                 self._changed.wait(self._pulse.period)
 
-    def close(self) -> None:
+    def close(self, *, alone: bool = False) -> None:
         if self._closed:
             return
         self._closed = True
         self.listen(peer for peer in range(self._size) if peer != self._rank)
         for peer in set(range(self._size)) - {self._rank} - self.gone:
             self._send(peer, self._whole(), _END)
-        until = time.monotonic() + min(self._timeout, 5.0)
-        for listener in self._listeners.values():
-            listener.join(max(0.0, until - time.monotonic()))
-        for queue in self._senders.values():
+        for queue, _ in self._senders.values():
             queue.put(None)
+        until = time.monotonic() + min(self._timeout, 5.0)
+        senders = [thread for _, thread in self._senders.values()]
+        for thread in senders if alone else self._listeners.values():
+            thread.join(max(0.0, until - time.monotonic()))
         self._pulse.stop()
         del self._pg
 
@@ -197,13 +215,13 @@ class GlooMailbox:
     def _send(self, peer: int, whole: Tensor, length: int) -> None:
         whole[:8].view(torch.int64)[0] = length
         if peer not in self._senders:
-            self._senders[peer] = SimpleQueue()
-            _thread(self._attend, (peer, self._senders[peer]), f"piecework-to-{peer}")
+            queue: SimpleQueue[Any] = SimpleQueue()
+            self._senders[peer] = queue, _thread(self._attend, (peer, queue), f"piecework-to-{peer}")
         try:
             work = self._pg.send([whole[: HEAD + max(length, 0)]], peer, _TAG)
         except RuntimeError:
             work = None  # the connection has closed
-        self._senders[peer].put((work, whole, length))
+        self._senders[peer][0].put((work, whole, length))
 
     def _attend(self, peer: int, queue: SimpleQueue[Any]) -> None:
         """Wait for the peer to take what was posted; that is the only way to learn that it did."""
@@ -262,10 +280,13 @@ class Pulse:
     peers fall silent. `broken` is what another rank found before it gave up: (peer, why)."""
 
     def __init__(self, store: Store, rank: int, size: int, timeout: float) -> None:
-        self.period = min(5.0, max(0.02, timeout / 10))
+        self.period = min(1.0, max(0.02, timeout / 10))
         self.posted = [0] * size
         self.received = [0] * size
         self.broken: tuple[int, str] | None = None
+        self.leaving: frozenset[int] = frozenset()
+        """Peers that have announced that they will go."""
+        self._leaves = False
         self._store, self._rank, self._timeout = store, rank, timeout
         self._watched: frozenset[int] = frozenset()
         self._words: dict[int, bytes] = {}
@@ -298,6 +319,11 @@ class Pulse:
         self._wake.set()
         self._looked.wait(2.0)
 
+    def leave(self) -> None:
+        """Announce that this rank will go."""
+        self._leaves = True
+        self._wake.set()
+
     def look_for_a_verdict(self) -> None:
         """Before a closed connection counts as a death: whether that rank had given up and said why."""
         self._looked.clear()
@@ -322,6 +348,12 @@ class Pulse:
         if self._verdict is not None and not self._store.check(["verdict"]):
             self._store.set("verdict", json.dumps(self._verdict))
         self._store.set(str(self._rank), json.dumps([beats, self.posted]))
+        if self._leaves:
+            self._store.set(f"leaves/{self._rank}", "")
+            self._store.set("leaves", "")
+        if self._store.check(["leaves"]):
+            others = set(range(len(self.posted))) - {self._rank}
+            self.leaving = frozenset(peer for peer in others if self._store.check([f"leaves/{peer}"]))
         if self.broken is None and self._store.check(["verdict"]):
             peer, why = json.loads(self._store.get("verdict"))
             self.broken = (peer, f"another rank found: {why}" if self._verdict is None else why)

@@ -28,6 +28,13 @@ def named(store: Store, name: str) -> Store:
     return cast("Store", PrefixStore(name, store))  # type: ignore[arg-type]
 
 
+def ground(store: Store) -> Store:
+    """The store without the names that others have put in front: what a process sees that comes by its address."""
+    while isinstance(store, PrefixStore):
+        store = cast("Store", store.underlying_store)
+    return store
+
+
 def connect(store: Store, rank: int, size: int, timeout: float) -> dist.ProcessGroup:
     """Gloo connections among `size` processes that call this with the same store, apart from torch's default group.
 

@@ -208,13 +208,18 @@ class Ranks:
         self._mailboxes.append(box)
         return box
 
-    def again(self, members: Sequence[int], epoch: int) -> Ranks:
-        """A new group of these ranks, who all call this with the same numbers, over connections of its own."""
-        assert self.store is not None
-        store = named(self.store, f"piecework/again {epoch}")
-        group = Ranks.met(store, members.index(self.rank), len(members), timeout=self.timeout)
+    def again(self, store: Store, name: int, members: Sequence[int], epoch: int, timeout: float) -> Ranks:
+        """A new group of these members, of which `name` is this process, over connections of its own.
+
+        All call this with the same numbers and a store for this epoch alone; `PeerLost` where one does not come."""
+        group = Ranks.met(store, members.index(name), len(members), timeout=timeout)
+        group.timeout = self.timeout
         self._others.append(group)
         return group
+
+    def hang_up(self) -> None:
+        """Close the connections to the other ranks, so that none waits for this one in a verb. On gloo."""
+        self._wake([peer for peer in range(self.size) if peer != self.rank])
 
     @property
     def _limit(self) -> timedelta:

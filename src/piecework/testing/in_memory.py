@@ -252,9 +252,13 @@ class Threads:
             self.count(sum(map(messages.num_bytes, send.values())))
         return _Exchange(self, self._board, arrivals, departures)
 
-    def again(self, members: Sequence[int], epoch: int) -> Threads:
+    def again(self, store: Store, name: int, members: Sequence[int], epoch: int, timeout: float) -> Threads:
         """A new group of these ranks, who all call this with the same numbers."""
-        return Threads(members.index(self.rank), self._board.again(members, epoch))
+        return Threads(members.index(name), self._board.again(members, epoch))
+
+    def hang_up(self) -> None:
+        """Make no more calls: whoever waits for this rank in one loses it."""
+        self._board.leave(self.rank, f"rank {self.rank} has left")
 
     def mailbox(self, capacity: int) -> Mailbox:
         self._num_mailboxes += 1

@@ -24,6 +24,7 @@ class Office:
     def __init__(self) -> None:
         self.under_way: dict[tuple[int, int], deque[Tensor]] = {}
         self.closed: set[int] = set()
+        self.leaving: set[int] = set()
 
 
 class MemoryMailbox:
@@ -36,6 +37,18 @@ class MemoryMailbox:
         self._group, self._office, self._changed, self._dead = group, office, changed, dead
         self._listening: list[int] = []
         self._returned: list[Letter] = []
+        self._noticed: frozenset[int] = frozenset()
+
+    @property
+    def leaving(self) -> frozenset[int]:
+        with self._changed:
+            self._noticed = frozenset(self._office.leaving - {self._group.rank})
+            return self._noticed
+
+    def announce(self) -> None:
+        with self._changed:
+            self._office.leaving.add(self._group.rank)
+            self._changed.notify_all()
 
     @property
     def gone(self) -> frozenset[int]:
@@ -85,6 +98,8 @@ class MemoryMailbox:
         until = time.monotonic() + self._group.timeout
         with self._changed:
             while not self._anything() and not {*self._dead, *self._office.closed} & set(peers):
+                if self._office.leaving - {self._group.rank} != self._noticed:
+                    return
                 left = until - time.monotonic()
                 if left <= 0:
                     raise PeerLost(
@@ -97,7 +112,7 @@ class MemoryMailbox:
                     )
                 self._changed.wait(left)
 
-    def close(self) -> None:
+    def close(self, *, alone: bool = False) -> None:
         with self._changed:
             self._office.closed.add(self._group.rank)
             self._changed.notify_all()

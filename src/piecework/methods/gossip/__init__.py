@@ -19,7 +19,7 @@ Differs from the paper
    same peer).
 2. What is waited for is the message of a certain rank and step, and not a number of messages.
 3. `on_time` uses each message when it is `overlap` steps old, and not as soon as it is there: the same bits each time.
-4. Ranks may leave, join and die: see `Training.leave` in `at_work.py` and docs/ranks.md.
+4. Ranks may leave (`leave`), join (`admit`) and die; see docs/methods/gossip.md.
 """
 
 from __future__ import annotations
@@ -35,10 +35,12 @@ from torch import nn
 
 from ...group import Group, current
 from ...losses import Loss
+from ...newcomers import Newcomer
 from ...survivors import surviving
-from ...training import BadInput, Batch, Training
+from ...training import BadInput
 from ..parameters import fused_kernels
 from ..schedule import Schedule, check_schedule
+from .alike import notes_of
 from .at_work import GossipAtWork
 from .attach import Attached
 from .graphs import NAMED, Graph, GraphName
@@ -155,19 +157,26 @@ class Gossip:
         if self.optimizer is not None and (ignored := self._changed("rule", *_OF_THE_OPTIMISER)):
             warnings.warn(f"gossip: {ignored} is of the rule, and optimizer= was given in its place", stacklevel=3)
 
-    def bind(self, model: nn.Module, loss: Loss, *, group: Group | None = None) -> Training[Batch]:
-        """Start a Training from the weights of rank 0. Raises CannotTrain for a model without a derivative or for label
-        smoothing with a loss that has none, BadInput where ranks were given different settings or models."""
-        return GossipAtWork(self, model, loss, surviving(current() if group is None else group))
+    def bind(self, model: nn.Module, loss: Loss, *, group: Group | Newcomer | None = None) -> GossipAtWork:
+        """Start a Training from the weights of rank 0; in `newcomers.joining` one that has no weight at first.
 
-    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, group: Group | None = None) -> Attached:
+        Raises CannotTrain for a model without a derivative or for label smoothing with a loss that has none, BadInput
+        where ranks were given different settings or models."""
+        return GossipAtWork(self, model, loss, self._joined(group, model))
+
+    def attach(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, *, group: Group | Newcomer | None = None
+    ) -> Attached:
         """Let an optimiser of one's own gossip, in a loop of one's own: each `optimizer.step()` is followed by mixing.
 
         The parameters of all groups of the optimiser are mixed; start weights are those of rank 0. The settings of the
         optimiser, of the schedule and of the loss are not used. Raises what `bind` raises."""
         if ignored := self._changed("rule", "optimizer", "label_smoothing", "seed", *_OF_THE_OPTIMISER):
             warnings.warn(f"gossip: {ignored} is not used by attach, which takes your own optimiser", stacklevel=2)
-        return Attached(self, model, optimizer, surviving(current() if group is None else group))
+        return Attached(self, model, optimizer, self._joined(group, model))
+
+    def _joined(self, group: Group | Newcomer | None, model: nn.Module) -> Group:
+        return surviving(current() if group is None else group, lambda: notes_of(self, model))
 
     def make_optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         """The optimiser of one rank."""

@@ -14,9 +14,9 @@ from ...losses import Loss, smoothed
 from ...training import BadInput, Batch, CannotTrain, Metrics, stream
 from ..noise import forked_generator, may_draw
 from ..optimizer_state import entries_of, put_entries
-from ..parameters import dictionaries, no_gradient, start_from_rank_0, trainable
+from ..parameters import dictionaries, no_gradient, trainable
 from ..schedule import set_rate
-from .alike import require_alike, require_joined
+from .alike import refusal, start_alike
 from .peers import Peers
 
 if TYPE_CHECKING:
@@ -40,14 +40,12 @@ class GossipAtWork:
                 f"the dictionary of NMF layer {moving[0]} follows the rows it sees, and each of {group.size} ranks "
                 "sees others; train with deepfacto, which adds them up, or on one rank"
             )
-        require_alike(recipe, model, group)
-        require_joined(recipe, group)
-        start_from_rank_0(model, group)
+        start_alike(recipe, model, group)
         self._optimizer = recipe.make_optimizer(self._parameters)
         self._peers = Peers(recipe, model, self._optimizer, self._parameters, group)
         self._device = device_of(model)
         self._draws = may_draw(model)
-        self._step = 0
+        self._step = self._peers.push_sum.step
         self._looked = False
 
     @property
@@ -72,6 +70,14 @@ class GossipAtWork:
     def sync(self) -> None:
         """The average of all ranks, messages under way included; and of their running statistics."""
         self._peers.sync()
+
+    def leave(self) -> None:
+        """As `Attached.leave`. `step` must not be called again. For loops of one's own; `fit` needs all its ranks."""
+        self._peers.leave()
+
+    def admit(self) -> int:
+        """As `Attached.admit`. For loops of one's own."""
+        return self._peers.admit(lambda notes: refusal(self._recipe, self.model, notes))
 
     def state_dict(self) -> dict[str, Any]:
         return {

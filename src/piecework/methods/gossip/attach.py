@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from ...group import Group
 from ...training import BadInput, CannotTrain, Metrics
 from ..optimizer_state import entries_of, put_entries
-from ..parameters import start_from_rank_0
-from .alike import require_alike, require_joined
+from .alike import refusal, start_alike
 from .peers import Peers
 
 if TYPE_CHECKING:
@@ -37,9 +36,8 @@ class Attached:
         self.model, self.group, self.optimizer = model, group, optimizer
         self.metrics: Metrics = {}
         self._parameters = _mixed(model, optimizer)
-        require_alike(recipe, model, group)
-        require_joined(recipe, group)
-        start_from_rank_0(model, group)
+        start_alike(recipe, model, group)
+        self._recipe = recipe
         self._peers = Peers(recipe, model, optimizer, self._parameters, group)
         self._hooks = [
             model.register_forward_pre_hook(lambda module, _: self._peers.resume() if module.training else None),
@@ -65,8 +63,20 @@ class Attached:
         finally:
             self.resume()
 
+    def leave(self) -> None:
+        """Give all that this rank has to another one, and mix no more; the others go on. Of one rank, at any time.
+
+        Returns when all others have said that nothing more is under way to this one, which each does in its next step
+        or `sync`. The model keeps this rank's own weights. Nothing collective may be called afterwards."""
+        self._peers.leave()
+        self.detach()
+
+    def admit(self) -> int:
+        """Let those in who wait to join (`piecework.newcomers.joining`); returns how many. Collective."""
+        return self._peers.admit(lambda notes: refusal(self._recipe, self.model, notes))
+
     def detach(self) -> None:
-        """Stop mixing. What is under way is lost: `sync` first."""
+        """Stop mixing. What is under way is lost: `sync` first, or `leave`."""
         for hook in self._hooks:
             hook.remove()
 

@@ -72,20 +72,20 @@ class Links:
 
     def __init__(self, graph: str | Graph, rank: int, size: int) -> None:
         self._graph = NAMED[graph] if isinstance(graph, str) else graph
-        self._rank, self._size = rank, size
+        self.rank, self._size = rank, size
         self._known: dict[int, list[int]] = {}
 
     def out(self, round: int) -> Mapping[int, float]:
         """{peer: share} of what this rank sends in a round."""
-        return self._checked(self._rank, round)
+        return self._checked(self.rank, round)
 
     def sources(self, round: int) -> list[int]:
         """Who sends to this rank in a round, in rising order."""
         if round not in self._known:
             if len(self._known) > 64:
                 self._known.clear()
-            others = [other for other in range(self._size) if other != self._rank]
-            self._known[round] = [other for other in others if self._rank in self._checked(other, round)]
+            others = [other for other in range(self._size) if other != self.rank]
+            self._known[round] = [other for other in others if self.rank in self._checked(other, round)]
         return self._known[round]
 
     def _checked(self, rank: int, round: int) -> Mapping[int, float]:

@@ -53,13 +53,18 @@ class Layout:
 
     def write(self, content: Tensor, step: int, weight: float, share: float) -> None:
         """Fill a message with a share of the tensors. weight: of that share already."""
-        _HEAD.pack_into(content[:_ALIGN].numpy().data, 0, step, weight)
+        self.write_head(content, step, weight)
         for flat, same in zip(self.vectors(content), self._members, strict=True):
             if flat.dtype == same[0].dtype and flat.device == same[0].device:
                 torch.cat([tensor.detach().reshape(-1) for tensor in same], out=flat)
                 flat.mul_(share)
             else:
                 flat.copy_(torch.cat([tensor.detach().reshape(-1) for tensor in same]).mul_(share))
+
+    def write_head(self, content: Tensor, step: int, weight: float) -> int:
+        """The header alone; returns its bytes, for a message that has nothing else."""
+        _HEAD.pack_into(content[:_ALIGN].numpy().data, 0, step, weight)
+        return _ALIGN
 
     def read(self, letter: Letter) -> Mass:
         """A letter as mass."""

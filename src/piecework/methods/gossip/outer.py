@@ -33,10 +33,10 @@ class SlowMomentum:
         torch._foreach_add_(self._last, self._slow, alpha=-self._lr * rate)
         return [tensor.clone() for tensor in self._last]
 
-    def start_from(self, estimates: Sequence[Tensor]) -> None:
-        """Forget the past and begin here."""
-        self._last = [tensor.detach().clone() for tensor in estimates]
-        self._slow = [torch.zeros_like(tensor) for tensor in self._last]
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that it remembers."""
+        return [*self._last, *self._slow]
 
     def state_dict(self) -> dict[str, Any]:
         return {"last": [one.clone() for one in self._last], "slow": [one.clone() for one in self._slow]}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -55,17 +55,46 @@ class Peers:
             if recipe.slow_every
             else None
         )
-        if isinstance(group, Survivors):
-            group.evidence = self.push_sum.dead
         self._own: list[Tensor] | None = None  # this rank's estimate and buffers, while the model holds the average
         self._before: list[Tensor] = []
         self.words: dict[str, Any] = {}
+        if isinstance(group, Survivors):
+            group.evidence = self.push_sum.dead
+            if group.fresh:
+                self._begin_with_newcomers()
+
+    def leave(self) -> None:
+        """Give all mass to another rank, and mix no more."""
+        self.resume()
+        self.push_sum.leave()
+
+    def admit(self, refuse: Callable[[Any], str | None]) -> int:
+        """Let newcomers in; returns how many. Collective."""
+        self.resume()
+        came = self.group.admit(refuse) if isinstance(self.group, Survivors) else 0
+        if came:
+            self._begin_with_newcomers()
+        return came
+
+    @torch.no_grad()
+    def _begin_with_newcomers(self) -> None:
+        """A newcomer begins with the running statistics and the outer momentum of rank 0; the others keep theirs."""
+        fresh = isinstance(self.group, Survivors) and self.group.fresh
+        self.push_sum.drain()
+        given = [*self._buffers(), *(self._slow.tensors if self._slow is not None else ())]
+        own = [tensor.detach().clone() for tensor in given]
+        share_from_rank_0(given, self.group)
+        if given and not fresh:
+            torch._foreach_copy_(given, own)
+        self._share_what_is_not_averaged()
+        if isinstance(self.group, Survivors):
+            self.group.fresh = False
 
     def before(self) -> None:
         """Just before the optimiser's step, when the gradients at z are there."""
         assert self._own is None, "resume() comes before the forward pass"
         weight = self.push_sum.weight
-        if self._tracker is not None:
+        if self._tracker is not None and weight > 0:
             on_z = self._recipe.step_on == "z" and weight > 0
             self._tracker.replace_gradients(1.0 / weight if on_z else 1.0)
         if weight == 0.0:  # nothing has been pushed to this rank yet: it cannot move

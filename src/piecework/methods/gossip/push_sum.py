@@ -16,9 +16,13 @@ import torch
 from torch import Tensor
 
 from ...group import Group
-from ...mailbox import Letter
+from ...mailbox import Letter, Mailbox
+from ...survivors import Survivors
 from .graphs import Graph, Links
 from .message import Layout, Mass
+
+_FAREWELL = -1
+"""In the place of a step: nothing more comes from this peer."""
 
 
 class PushSum:
@@ -55,9 +59,13 @@ class PushSum:
         self._wire = wire
         self._graph = graph
         self._layout = Layout([*tensors, *carried], wire)
-        self._connect()
+        self._mailbox: Mailbox | None = None
         self._arrived: list[Mass] = []
         self._last = dict.fromkeys(range(group.size), -1)  # the newest step of which a peer's message is here
+        if getattr(group, "fresh", False):  # it has no mass, and learns in `drain` where the others are
+            self.weight, self.step, self._epoch = 0.0, -1, -1
+        else:
+            self._connect()
 
     def _connect(self) -> None:
         """A mailbox, and the graph, of the ranks that are there now."""
@@ -67,22 +75,30 @@ class PushSum:
         self._links = Links(self._graph, group.rank, group.size)
         self._mailbox = group.mailbox(self._layout.length) if group.size > 1 else None
         self._due: dict[int, int] = {}  # the newest step of which a peer's message must be here
+        self._released: set[int] = set()  # peers that leave: nothing more goes to them
+        self._farewells: set[int] = set()  # peers that will send nothing more to this rank, which leaves
         if self._mailbox is not None:
             self._mailbox.listen(self._links.sources(0))
 
     def dead(self) -> list[int]:
-        """The names of the ranks that this one knows to be gone."""
-        return [] if self._mailbox is None else [self._names[peer] for peer in self._mailbox.gone]
+        """The names of the ranks that this one knows to be gone, or to leave."""
+        if self._mailbox is None:
+            return []
+        self._release()
+        return [self._names[peer] for peer in self._mailbox.gone | self._released]
 
     @torch.no_grad()
     def mix(self) -> None:
         """Send shares of x, where this step sends; add what is due, and what else is there; leave z in the tensors."""
         if self._mailbox is not None:
+            held = [tensor.detach().clone() for tensor in self.tensors] if self.weight == 0.0 else None
             self.estimates_to_numerators()
             sent = self._send() if self.step % self._every == 0 else _Sent(1.0, 1.0, 0, 0.0)
             self._wait(self._due_now())
             self._add(sent, self._chosen())
             self.numerators_to_estimates()
+            if held is not None and self.weight == 0.0:  # it has joined, and nobody has sent to it yet
+                torch._foreach_copy_(list(self.tensors), held)
         self.step += 1
 
     @torch.no_grad()
@@ -93,7 +109,7 @@ class PushSum:
 
     @torch.no_grad()
     def numerators_to_estimates(self) -> None:
-        """Put z where x was. A rank that has joined and has no mass yet keeps what it has."""
+        """Put z where x was, where there is a weight."""
         if self.weight not in (0.0, 1.0):
             torch._foreach_div_(list(self.tensors), self.weight)
 
@@ -128,25 +144,28 @@ class PushSum:
         """Wait until all that was posted to this rank is here; returns the ranks' numbers of steps. Collective."""
         steps = [int(step) for step in self.group.gather(torch.tensor(self.step))]
         if self._mailbox is not None:
-            left = getattr(self.group, "names", self._names)
-            done = {self._names.index(name): number for name, number in zip(left, steps, strict=True)}
-            own = self._names.index(left[self.group.rank])
+            names = getattr(self.group, "names", self._names)
+            pairs = zip(names, steps, strict=True)
+            done = {self._names.index(name): number for name, number in pairs if name in self._names}
+            own = self._names.index(names[self.group.rank])
             due = {peer: self._newest(peer, number) for peer, number in done.items() if peer != own}
             self._mailbox.listen(peer for peer, step in due.items() if step >= 0)
             self._wait(due)
+            while departing := self._released - self._mailbox.gone:  # one of them may give this rank all that it has
+                self._mailbox.wait(departing)
+                self._collect()
         if getattr(self.group, "epoch", 0) != self._epoch:
             self._go_on_with_those_left(steps)
             return self.drain()
         return steps
 
     def _go_on_with_those_left(self, steps: Sequence[int]) -> None:
-        """After a death: add what is here, raise the weights to as many as are left, and begin a new graph of them.
+        """After others have gone or come: add what is here, bring the sum of the weights to as many as there are now,
+        and begin a new graph of them.
 
-        steps: those of the ranks that are left. Estimates stay as they are, but for what is added."""
-        self.estimates_to_numerators()
-        self._add(_Sent(1.0, 1.0, 0, 0.0), sorted(self._arrived, key=Mass.order))
-        self.numerators_to_estimates()
-        self._arrived = []
+        steps: those of the ranks that are there. Estimates stay as they are, but for what is added."""
+        if self._mailbox is not None:
+            self._add_all()
         weight = torch.tensor(self.weight, dtype=torch.float64)
         self.group.sum_(weight)
         factor = self.group.size / float(weight)
@@ -156,7 +175,53 @@ class PushSum:
         if self._mailbox is not None:
             self._mailbox.close()
         self._connect()
-        self._last = {peer: number - 1 for peer, number in enumerate(steps)}
+        newest = max(steps)
+        self._last = {peer: (number if number >= 0 else newest) - 1 for peer, number in enumerate(steps)}
+        if self.step < 0:
+            self.step = newest
+
+    @torch.no_grad()
+    def leave(self) -> None:
+        """Give all mass to another rank, when all others have said that nothing more is under way to this one."""
+        mailbox = self._mailbox
+        if mailbox is None:
+            return
+        others = {peer for peer in range(len(self._names)) if peer != self._links.rank}
+        mailbox.listen(others)
+        mailbox.announce()
+        if isinstance(self.group, Survivors):
+            self.group.hang_up()
+        while waiting := others - self._farewells - mailbox.gone:
+            mailbox.wait(waiting)
+            self._collect()
+        self._collect()
+        self._add_all()
+        self.estimates_to_numerators()
+        if heirs := sorted(others - mailbox.gone - self._released):
+            self._give_all(mailbox, next((peer for peer in heirs if peer > self._links.rank), heirs[0]))
+        self.numerators_to_estimates()
+        mailbox.close(alone=True)
+        self._mailbox, self.weight = None, 0.0
+
+    def _add_all(self) -> None:
+        """Whatever is here, however late it was to be used."""
+        self.estimates_to_numerators()
+        self._add(_Sent(1.0, 1.0, 0, 0.0), sorted(self._arrived, key=Mass.order))
+        self._arrived = []
+        self.numerators_to_estimates()
+
+    def _give_all(self, mailbox: Mailbox, heir: int) -> None:
+        """Post x and w, whole: on a narrow wire in several letters, each with what rounding left of those before."""
+        rest = [tensor.detach().clone() for tensor in [*self.tensors, *self.carried]]
+        layout, weight = Layout(rest, self._wire), self.weight
+        while True:
+            draft = mailbox.draft()
+            layout.write(draft, self.step, weight, 1.0)
+            layout.add_to_tensors(draft, -1.0)
+            mailbox.post(heir, draft, layout.length)
+            weight = 0.0
+            if not any(bool(tensor.any()) for tensor in rest):
+                return
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's part, with the messages that it has not added yet. Collective."""
@@ -184,7 +249,7 @@ class PushSum:
         """Post shares of x, which is in the tensors."""
         assert self._mailbox is not None
         round = self.step // self._every
-        sources, gone = self._links.sources(round), self._mailbox.gone
+        sources, gone = self._links.sources(round), self._mailbox.gone | self._released
         self._mailbox.listen(sources)
         out = {peer: share for peer, share in self._links.out(round).items() if peer not in gone}
         drafts = {peer: self._mailbox.draft() for peer in out}
@@ -230,10 +295,24 @@ class PushSum:
 
     def _collect(self) -> None:
         assert self._mailbox is not None
+        self._release()
         for letter in self._mailbox.take():
             mass = self._layout.read(letter)
-            self._last[mass.source] = mass.step
-            self._arrived.append(mass)
+            if mass.step == _FAREWELL:
+                self._farewells.add(mass.source)
+                self._mailbox.recycle(letter)
+            else:
+                self._last[mass.source] = mass.step
+                self._arrived.append(mass)
+
+    def _release(self) -> None:
+        """Tell those who leave that what they have had from this rank was all, and take what they still give."""
+        assert self._mailbox is not None
+        for peer in self._mailbox.leaving - self._released:
+            self._released.add(peer)
+            self._mailbox.listen([peer])
+            draft = self._mailbox.draft()
+            self._mailbox.post(peer, draft, self._layout.write_head(draft, _FAREWELL, 0.0))
 
     def _chosen(self) -> list[Mass]:
         """What this step adds, in an order that does not depend on arrival."""

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from . import roll_call
+from .meeting import within
 from .ranks import Ranks
 from .training import BadInput, PeerLost
 
@@ -159,7 +160,7 @@ def _join(device: torch.device, timeout: float, backend: str | None) -> None:
         device = _own_gpu(device)
         torch.cuda.set_device(device)
     try:
-        store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))
+        store, rank, size = _meet(timeout)
         # Workers that torchrun restarts find its store with the addresses of the attempt before them.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         dist.init_process_group(
@@ -175,6 +176,11 @@ def _join(device: torch.device, timeout: float, backend: str | None) -> None:
             f"RANK and WORLD_SIZE are set, but the ranks cannot meet: {error}; start with torchrun"
         ) from error
     except RuntimeError as error:
+        if "failed to listen" in str(error):
+            raise BadInput(
+                f"rank 0 holds the store where the ranks meet, and port {os.environ.get('MASTER_PORT')} of its machine "
+                "is in use; set another MASTER_PORT for all ranks, or start with torchrun --standalone"
+            ) from error
         if not roll_call.tells_of_a_loss(error):
             raise
         raise PeerLost(
@@ -184,6 +190,20 @@ def _join(device: torch.device, timeout: float, backend: str | None) -> None:
             timeout=timeout,
             cause=roll_call.first_sentence(error),
         ) from error
+
+
+def _meet(timeout: float) -> tuple[Any, int, int]:
+    """torch's rendezvous: the store, this process's rank, and the number of ranks."""
+    try:
+        met: tuple[Any, int, int] = within(
+            timeout + 1.0, lambda: next(rendezvous("env://", timeout=timedelta(seconds=timeout)))
+        )
+        return met
+    except TimeoutError:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        cause = f"what listens at {place} does not answer as the store of ranks does"
+        rank = int(os.environ["RANK"])
+        raise PeerLost(rank=rank, peer=None, verb="the start", timeout=timeout, cause=cause) from None
 
 
 def _to_be_joined() -> bool:

@@ -77,7 +77,9 @@ class Mailbox(Protocol):
         ...
 
     def take(self) -> list[Letter]:
-        """What has arrived since the last call, in the order of arrival; of one peer, in the order of posting."""
+        """What has arrived since the last call, in the order of arrival; of one peer, in the order of posting.
+
+        Raises PeerLost where another rank has given up."""
         ...
 
     def returned(self) -> list[Letter]:
@@ -161,6 +163,8 @@ class GlooMailbox:
         self._send(peer, whole, length)
 
     def take(self) -> list[Letter]:
+        if (broken := self._pulse.broken) is not None:
+            self._fail(*broken)
         with self._changed:
             found = list(self._inbox)
             self._inbox.clear()

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, Protocol, cast
+from queue import Empty, SimpleQueue
+from threading import Thread
+from typing import Any, Protocol, TypeVar, cast
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
+
+R = TypeVar("R")
 
 
 class Store(Protocol):
@@ -33,6 +38,26 @@ def ground(store: Store) -> Store:
     while isinstance(store, PrefixStore):
         store = cast("Store", store.underlying_store)
     return store
+
+
+def within(seconds: float, work: Callable[[], R]) -> R:
+    """work(), or TimeoutError: for calls of torch's that wait for ever where something listens that is no store."""
+    found: SimpleQueue[tuple[R | None, BaseException | None]] = SimpleQueue()
+
+    def run() -> None:
+        try:
+            found.put((work(), None))
+        except BaseException as error:
+            found.put((None, error))
+
+    Thread(target=run, name="piecework-meeting", daemon=True).start()
+    try:
+        result, error = found.get(timeout=seconds)
+    except Empty:
+        raise TimeoutError from None
+    if error is not None:
+        raise error
+    return cast("R", result)
 
 
 def connect(store: Store, rank: int, size: int, timeout: float) -> dist.ProcessGroup:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from functools import partial
 from threading import Event, Thread
 from typing import Any, cast
 
@@ -21,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .meeting import Store, ground, named
+from .meeting import Store, ground, named, within
 from .ranks import Ranks
 from .training import BadInput, PeerLost
 
@@ -165,11 +166,10 @@ def joining(host: str, port: int, *, timeout: float = 600.0) -> Iterator[Newcome
     each verb after that. Raises BadInput where no store answers. Leaves the ranks' connections on the way out."""
     if not timeout > 0:
         raise BadInput(f"timeout is in seconds and must be positive; got {timeout}")
+    make = partial(dist.TCPStore, host, port, is_master=False, wait_for_workers=False)  # type: ignore[attr-defined]
     try:
-        store = dist.TCPStore(  # type: ignore[attr-defined]
-            host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout)
-        )
-    except RuntimeError as error:
+        store = within(timeout + 1.0, lambda: make(timeout=timedelta(seconds=timeout)))
+    except (RuntimeError, TimeoutError) as error:
         raise BadInput(f"no store of ranks answers at {host}:{port} within {timeout:g} s") from error
     newcomer = Newcomer(cast("Store", store), timeout=timeout)
     try:

@@ -1,8 +1,12 @@
 """Gossip when ranks die, hang, or are started otherwise."""
 
+import os
+import signal
+import time
 from functools import partial
 
 import pytest
+import torch
 from torch import nn
 
 import piecework
@@ -10,6 +14,7 @@ from piecework import Gossip, data, losses
 from piecework.models import mlp
 from piecework.nn import Standardise
 from piecework.testing import Faults, Killed, processes, threads
+from piecework.training import PeerLost
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -77,3 +82,33 @@ def test_kill_9_of_one_of_eight_processes_is_survived():
         assert found["weights"][-1] == pytest.approx(7, abs=1e-9)
         assert found["first weight"] == outcomes[0]["first weight"]
         assert found["score"] > 0.85
+
+
+def stops(group, steps, verb):
+    """Rank 1 hangs in a step, while the others mix (verb False) or wait for it in an evaluation."""
+    training = RECIPE.bind(mlp(64, [8], 10, seed=0), LOSS, group=group)
+    pids = [int(pid) for pid in group.gather(torch.tensor(os.getpid()))]
+    batch = piecework.Batch(torch.randn(8, 64), torch.arange(8))
+    began = time.monotonic()
+    try:
+        for step in range(10_000):
+            if step == steps and group.rank == 1:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            if step == steps and verb:
+                training.sync()
+            training.step(batch)
+    except PeerLost as lost:
+        if group.rank == 0:
+            time.sleep(1.0)  # the others are to find out by themselves
+            os.kill(pids[1], signal.SIGCONT)
+        return {"peer": lost.peer, "seconds": time.monotonic() - began, "said": str(lost)}
+
+
+@pytest.mark.parametrize("verb", [False, True], ids=["mixing", "in an evaluation"])
+def test_a_rank_that_hangs_is_an_error_within_the_timeout_on_all(verb):
+    found = processes(3, partial(stops, steps=20, verb=verb), timeout=60, wait=2.0)
+    for rank in (0, 2):
+        assert found[rank]["peer"] in (1, None)
+        assert found[rank]["seconds"] < 12
+    assert any(found[rank]["peer"] == 1 for rank in (0, 2)), found
+    assert found[1]["seconds"] < 20  # it comes back, and learns that the others have given up

@@ -1,6 +1,7 @@
 """Real processes on real sockets. Slow to start, so each launch asks several questions."""
 
 import os
+import socket
 import time
 from functools import partial
 
@@ -195,4 +196,16 @@ def test_ranks_that_do_not_come_to_the_start_are_lost(monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(PeerLost, match="rank 1 lost a peer in the start"), launched(timeout=1):
         pass
+    assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_port_that_something_else_has_is_an_error_within_the_timeout(monkeypatch, rank):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        seat = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        for name, value in (seat | {"MASTER_PORT": str(other.getsockname()[1])}).items():
+            monkeypatch.setenv(name, value)
+        said = ("in use; set another MASTER_PORT", "does not answer as the store of ranks does")[rank]
+        with pytest.raises((BadInput, PeerLost), match=said), launched(timeout=1):
+            pass
     assert not dist.is_initialized()

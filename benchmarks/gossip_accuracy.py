@@ -2,9 +2,9 @@
 
 Ranks are threads in memory (level 2): accuracy depends on steps and not on seconds. Messages that may be late are used
 exactly that late (`on_time`), so every number comes again. All rows take SGD with momentum 0.9, the same mini-batches
-in the same order and a cosine schedule over the run; the learning rate of each row is chosen by the validation accuracy of
-the average model, on a seed of its own (100) and with as many trials. Seeds are paired: seed s has one start, one split
-and one order for all rows. With the split `dirichlet` the classes of a rank are drawn from Dirichlet(0.1).
+in the same order and a cosine schedule over the run; the learning rate of each row is chosen by the validation accuracy
+of the average model, on a seed of its own (100) and with as many trials. Seeds are paired: seed s has one start, one
+split and one order for all rows. With the split `dirichlet` the classes of a rank are drawn from Dirichlet(0.1).
 
 `difference` is to averaged gradients, of the same seed: median and range. `own` is the mean test accuracy of the ranks'
 own models; `apart` how far these are from their average, in lengths of it.

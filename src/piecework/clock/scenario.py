@@ -1,0 +1,156 @@
+"""Ways to train on many ranks, on a virtual clock: how long a step takes, for computations and links that are given.
+
+Gossip is the library's own, with a small model in the place of a large one; of the others only the messages are there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ..methods.gossip import Gossip
+from ..training import BadInput
+from .group import ClockGroup, on_a_clock
+from .link import Link
+from .noise import Noise
+
+FORWARD = 1 / 3
+"""Part of a step's computation that is the forward pass."""
+
+_WORDS = 2048
+"""Numbers in the small model; the header of gossip's messages adds less than a hundredth to it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """ranks; model_bytes: of the parameters; step_s: seconds that a rank computes in a step; latency_s, bytes_per_s: of
+    each rank's link, in both directions at once; num_buckets: of averaged gradients, equally long; steps: to take."""
+
+    ranks: int
+    model_bytes: float
+    step_s: float
+    latency_s: float = 0.0
+    bytes_per_s: float = math.inf
+    noise: Noise = field(default_factory=Noise)
+    num_buckets: int = 4
+    steps: int = 100
+
+    def __post_init__(self) -> None:
+        for name, ok, accepted in (
+            ("ranks", 1 <= self.ranks <= 1024, "between 1 and 1024"),
+            ("model_bytes", 0 < self.model_bytes < math.inf, "above 0"),
+            ("step_s", 0 < self.step_s < math.inf, "above 0"),
+            ("steps", self.steps >= 1, "at least 1"),
+            ("num_buckets", self.num_buckets >= 1, "at least 1"),
+        ):
+            if not ok:
+                raise BadInput(f"{name} must be {accepted}, got {getattr(self, name)}")
+
+    def computing(self, rank: int, step: int) -> float:
+        return self.noise.seconds(self.step_s, rank, step)
+
+
+Program = Callable[[ClockGroup, Scenario], float]
+"""Takes the steps of one rank; returns the seconds that they took, the start not counted."""
+
+
+def alone(group: ClockGroup, scenario: Scenario) -> float:
+    for step in range(scenario.steps):
+        group.compute(scenario.computing(group.rank, step))
+    return group.seconds()
+
+
+def averaged_in_buckets(group: ClockGroup, scenario: Scenario) -> float:
+    """DistributedDataParallel: buckets become ready evenly in the backward pass, and travel meanwhile."""
+    num = scenario.num_buckets
+    for step in range(scenario.steps):
+        seconds = scenario.computing(group.rank, step)
+        group.compute(seconds)
+        backward = scenario.step_s * scenario.noise.factor(group.rank, step) * (1 - FORWARD)
+        ready = [backward * (num - 1 - bucket) / num for bucket in range(num)]
+        group.sum_in_buckets(ready, [scenario.model_bytes / num] * num)
+    return group.seconds()
+
+
+def averaged_afterwards(group: ClockGroup, scenario: Scenario, *, every: int = 1) -> float:
+    """An all-reduce after every so many steps: of gradients, or of models (local SGD)."""
+    content = _content()
+    for step in range(scenario.steps):
+        group.compute(scenario.computing(group.rank, step))
+        if (step + 1) % every == 0:
+            group.sum_(content)
+    return group.seconds()
+
+
+def pairs(group: ClockGroup, scenario: Scenario, *, meanwhile: bool) -> float:
+    """D-PSGD: models exchanged with one other rank, another one in each step; after the computation or during it."""
+    content, arriving = _content(), _content()
+    for step in range(scenario.steps):
+        peer = _partner(group.rank, group.size, step)
+        both = ({peer: content}, {peer: arriving}) if peer is not None else ({}, {})
+        seconds = scenario.computing(group.rank, step)
+        if not meanwhile:
+            group.compute(seconds)
+        pending = group.exchange(*both)
+        if meanwhile:
+            group.compute(seconds)
+        pending.wait()
+    return group.seconds()
+
+
+def gossip(group: ClockGroup, scenario: Scenario, *, recipe: Gossip) -> float:
+    model = nn.Linear(_WORDS, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    recipe.attach(model, optimizer, group=group)
+    began = group.seconds()
+    for step in range(scenario.steps):
+        group.compute(scenario.computing(group.rank, step))
+        optimizer.step()
+    return group.seconds() - began
+
+
+PROGRAMS: dict[str, Program] = {
+    "averaged gradients, overlapped (DDP)": averaged_in_buckets,
+    "averaged gradients, afterwards": averaged_afterwards,
+    "local SGD, every 8 steps": partial(averaged_afterwards, every=8),
+    "D-PSGD, pairs": partial(pairs, meanwhile=False),
+    "gossip, overlap 0": partial(gossip, recipe=Gossip(overlap=0)),
+    "gossip, overlap 1": partial(gossip, recipe=Gossip(overlap=1)),
+    "gossip, overlap 1, slow momentum every 48": partial(
+        gossip, recipe=Gossip(overlap=1, slow_every=48, slow_momentum=0.5)
+    ),
+    "gossip, overlap 2, every 2": partial(gossip, recipe=Gossip(overlap=2, every=2)),
+    "no messages": alone,
+}
+
+
+def seconds_a_step(program: Program, scenario: Scenario) -> float:
+    """Mean over steps, until the last rank is through."""
+    scale = scenario.model_bytes / (4 * _WORDS)
+    link = Link(scenario.latency_s, scenario.bytes_per_s, scale)
+
+    return max(on_a_clock(scenario.ranks, lambda group: program(group, scenario), link=link)) / scenario.steps
+
+
+def _content() -> Tensor:
+    return torch.zeros(_WORDS)
+
+
+def _partner(rank: int, size: int, step: int) -> int | None:
+    """A perfect matching where the number of ranks is even: the r-th round of a tournament. In an odd one, one rests."""
+    players = size + size % 2
+    last = players - 1
+    if last == 0:
+        return None
+    turn = step % last
+    if rank == last:
+        peer = turn * (players // 2) % last
+    else:
+        peer = (turn - rank) % last
+        peer = last if peer == rank else peer
+    return peer if peer < size else None

@@ -88,7 +88,7 @@ def averaged_afterwards(group: ClockGroup, scenario: Scenario, *, every: int = 1
 
 
 def pairs(group: ClockGroup, scenario: Scenario, *, meanwhile: bool) -> float:
-    """D-PSGD: models exchanged with one other rank, another one in each step; after the computation or during it."""
+    """D-PSGD: models exchanged with one other rank, another one each step; after the computation or meanwhile."""
     content, arriving = _content(), _content()
     for step in range(scenario.steps):
         peer = _partner(group.rank, group.size, step)
@@ -142,7 +142,7 @@ def _content() -> Tensor:
 
 
 def _partner(rank: int, size: int, step: int) -> int | None:
-    """A perfect matching where the number of ranks is even: the r-th round of a tournament. In an odd one, one rests."""
+    """A round of a tournament: all are in pairs where the number of ranks is even, and one rests where it is odd."""
     players = size + size % 2
     last = players - 1
     if last == 0:

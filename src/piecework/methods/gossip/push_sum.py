@@ -8,7 +8,7 @@ is 1, as it is without overlap on the graphs of this package, nothing is divided
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,8 +78,8 @@ class PushSum:
         self._due: dict[int, int] = {}  # the newest step of which a peer's message must be here
         self._released: set[int] = set()  # peers that leave: nothing more goes to them
         self._farewells: set[int] = set()  # peers that will send nothing more to this rank, which leaves
-        if self._mailbox is not None:
-            self._mailbox.listen(self._links.sources(0))
+        self._sources: set[int] = set()  # peers whose messages are taken
+        self._listen(self._links.sources(0))
 
     def dead(self) -> list[int]:
         """The names of the ranks that this one knows to be gone, or to leave."""
@@ -150,7 +150,7 @@ class PushSum:
             done = {self._names.index(name): number for name, number in pairs if name in self._names}
             own = self._names.index(names[self.group.rank])
             due = {peer: self._newest(peer, number) for peer, number in done.items() if peer != own}
-            self._mailbox.listen(peer for peer, step in due.items() if step >= 0)
+            self._listen(peer for peer, step in due.items() if step >= 0)
             self._wait(due)
             while departing := self._released - self._mailbox.gone:  # one of them may give this rank all that it has
                 self._mailbox.wait(departing)
@@ -234,6 +234,7 @@ class PushSum:
             "carried": [tensor.detach().clone() for tensor in self.carried],
             "arrived": [[mass.source, mass.letter.content.clone()] for mass in self._arrived],
             "steps": steps,
+            "sources": sorted(self._sources),
         }
 
     @torch.no_grad()
@@ -245,13 +246,14 @@ class PushSum:
         letters = [Letter(int(peer), content.clone(), content) for peer, content in state["arrived"]]
         self._arrived = [self._layout.read(letter) for letter in letters]
         self._last = {peer: int(steps) - 1 for peer, steps in enumerate(state["steps"])}
+        self._listen(int(peer) for peer in state["sources"])
 
     def _send(self) -> _Sent:
         """Post shares of x, which is in the tensors."""
         assert self._mailbox is not None
         round = self.step // self._every
         sources, gone = self._links.sources(round), self._mailbox.gone | self._released
-        self._mailbox.listen(sources)
+        self._listen(sources)
         out = {peer: share for peer, share in self._links.out(round).items() if peer not in gone}
         drafts = {peer: self._mailbox.draft() for peer in out}
         for peer, share in out.items():
@@ -266,6 +268,12 @@ class PushSum:
         return _Sent(
             1.0 if self._layout.rounds else kept, kept, len(out) if even else 0, max(out.values(), default=0.0)
         )
+
+    def _listen(self, peers: Iterable[int]) -> None:
+        if self._mailbox is not None:
+            new = set(peers) - self._sources
+            self._sources |= new
+            self._mailbox.listen(sorted(new))
 
     def _due_now(self) -> Mapping[int, int]:
         due = self.step - self._overlap

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import piecework
 from piecework import BadInput, Batch, CannotTrain, Gossip, losses
 from piecework.group import Group, Solo
+from piecework.methods.gossip.outer import SlowMomentum
 from piecework.models import mlp
 from piecework.testing import threads
 from piecework.testing.check import classes
@@ -111,6 +112,15 @@ def test_periodic_averaging_is_slow_momentum_with_nothing_kept() -> None:
     recipe = Gossip(graph=lambda rank, round, size: {}, overlap=0, slow_every=5, lr=0.1, momentum=0.0)
     for found in threads(3, partial(trained, recipe=recipe)):
         assert torch.allclose(found, by_hand(), atol=1e-12)
+
+
+def test_a_rate_of_zero_moves_by_mixing_alone() -> None:
+    start, mean = torch.tensor([1.0, 5.0]), torch.tensor([2.0, 3.0])
+    slow = SlowMomentum([start], momentum=0.5, lr=0.5)
+    (moved,) = slow.moved([mean], 0.0)
+    assert torch.equal(moved, torch.tensor([1.5, 4.0]))
+    (small,) = SlowMomentum([start], momentum=0.5, lr=0.5).moved([mean], 1e-6)
+    torch.testing.assert_close(small, moved)
 
 
 def test_an_outer_step_each_step_is_large_batch_momentum() -> None:

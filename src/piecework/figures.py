@@ -1,4 +1,4 @@
-"""The picture of one or more runs: score against seconds and against steps."""
+"""Pictures: the score of runs against seconds and against steps, and plain lines."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,6 +76,43 @@ def draw(
     if title:
         sheet.suptitle(title, x=0.01, ha="left", fontsize=12, color=INK)
     sheet.savefig(os.fspath(path), format="png")
+
+
+def lines(
+    panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]],
+    file: IO[bytes],
+    *,
+    x: str,
+    y: str,
+    title: str,
+) -> None:
+    """Panels side by side, in each the same lines by name, on logarithmic axes; x at the places that are given."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    sheet = Figure(figsize=(1.5 + 4.5 * len(panels), 4.8), dpi=150, layout="constrained", facecolor="white")
+    FigureCanvasAgg(sheet)
+    for panel, (name, curves) in zip(sheet.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for number, (label, (across, up)) in enumerate(curves.items()):
+            colour = INK if number == 0 else COLOURS[(number - 1) % len(COLOURS)]
+            panel.plot(across, up, color=colour, marker="o", markersize=3.5, lw=1.6, label=label)
+        panel.set_xscale("log", base=2)
+        panel.set_yscale("log")
+        places = sorted({place for across, _ in curves.values() for place in across})
+        panel.set_xticks(places, [f"{place:g}" for place in places])
+        panel.yaxis.set_major_formatter("{x:,g}")
+        panel.yaxis.set_minor_formatter("{x:,g}")
+        panel.tick_params(which="both", labelsize=8.5, colors=FAINT)
+        panel.grid(axis="y", which="both", lw=0.4, alpha=0.4)
+        panel.set_title(name, loc="left", fontsize=10, color=INK)
+        panel.set_xlabel(x, color=INK)
+        for side in ("top", "right"):
+            panel.spines[side].set_visible(False)
+    sheet.axes[0].set_ylabel(y, color=INK)
+    handles, labels = sheet.axes[0].get_legend_handles_labels()
+    sheet.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), frameon=False, fontsize=8.5)
+    sheet.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK)
+    sheet.savefig(file, format="png")
 
 
 def _seeds(found: History | Sequence[History]) -> list[History]:

@@ -1,4 +1,4 @@
-"""The command line: `piecework fit | compare | resume | predict | show | methods | data`."""
+"""The command line: `piecework fit | compare | resume | predict | show | simulate | methods | data`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ COMMANDS = {
     "resume": "go on with a run as if it had never stopped",
     "predict": "apply a trained run to new rows",
     "show": "table and figure of finished runs",
+    "simulate": "how long a step on many ranks would take, by a virtual clock",
     "methods": "list the methods and what each is",
     "data": "list the data sets and where they are",
 }
@@ -106,6 +107,10 @@ def _command(name: str) -> Callable[[Sequence[str]], int]:
         from .show import show_command
 
         return show_command
+    if name == "simulate":
+        from .simulate import simulate_command
+
+        return simulate_command
     from .listings import data_command, methods_command
 
     return methods_command if name == "methods" else data_command

@@ -193,6 +193,52 @@ class ShowOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SimulateOptions:
+    """What `simulate` can be told."""
+
+    model_mb: Annotated[float, arg(metavar="MB")] = 100.0
+    """Megabytes (10^6 bytes) of all parameters."""
+
+    step_ms: Annotated[float, arg(metavar="MS")] = 250.0
+    """Milliseconds that one rank computes in a step, without messages."""
+
+    ranks: Annotated[tuple[int, ...], arg(metavar="N ...")] = (4, 8, 16, 32)
+    """Numbers of ranks."""
+
+    mbit: Annotated[tuple[float, ...], arg(metavar="RATE ...")] = (1000.0, 10_000.0)
+    """Rates of each rank's link, in both directions at once: 10^6 bits a second."""
+
+    latency_ms: Annotated[float, arg(metavar="MS")] = 0.1
+    """Milliseconds that a message takes besides its bytes."""
+
+    stalls: Annotated[float, arg(metavar="P")] = 0.0
+    """Probability that a rank's step takes one step's time longer."""
+
+    slow: Annotated[float, arg(metavar="FACTOR")] = 1.0
+    """One rank's steps take so many times as long, for good."""
+
+    spread: Annotated[float, arg(metavar="SIGMA")] = 0.0
+    """Standard deviation of the logarithm of each step's time."""
+
+    bucket_mb: Annotated[
+        float | None, arg(metavar="MB", help_behavior_hint="(default: a quarter of the model, at most 25)")
+    ] = None
+    """Megabytes of the buckets in which gradients are averaged."""
+
+    steps: Annotated[int, arg(metavar="N")] = 48
+    """Steps to take."""
+
+    seed: Annotated[int, arg(metavar="SEED")] = 0
+    """Decides stalls and spread."""
+
+    out: Annotated[str, arg(metavar="FILE")] = "simulate.png"
+    """The picture to write (PNG)."""
+
+    json: bool = False
+    """Print the cells as JSON, and nothing else, on standard output; no picture."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataListOptions:
     """What `data` can be told: nothing."""
 

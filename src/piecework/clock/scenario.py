@@ -105,7 +105,7 @@ def pairs(group: ClockGroup, scenario: Scenario, *, meanwhile: bool) -> float:
 
 def gossip(group: ClockGroup, scenario: Scenario, *, recipe: Gossip) -> float:
     model = nn.Linear(_WORDS, 1, bias=False)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     recipe.attach(model, optimizer, group=group)
     began = group.seconds()
     for step in range(scenario.steps):
@@ -114,8 +114,10 @@ def gossip(group: ClockGroup, scenario: Scenario, *, recipe: Gossip) -> float:
     return group.seconds() - began
 
 
+BASELINE = "averaged gradients, overlapped (DDP)"
+
 PROGRAMS: dict[str, Program] = {
-    "averaged gradients, overlapped (DDP)": averaged_in_buckets,
+    BASELINE: averaged_in_buckets,
     "averaged gradients, afterwards": averaged_afterwards,
     "local SGD, every 8 steps": partial(averaged_afterwards, every=8),
     "D-PSGD, pairs": partial(pairs, meanwhile=False),

@@ -29,8 +29,12 @@ class SlowMomentum:
     def moved(self, estimates: Sequence[Tensor], rate: float) -> list[Tensor]:
         """Where the outer step ends that starts from these estimates. rate: the inner learning rate."""
         torch._foreach_mul_(self._slow, self._momentum)
-        torch._foreach_add_(self._slow, torch._foreach_sub(self._last, list(estimates)), alpha=1.0 / rate)
-        torch._foreach_add_(self._last, self._slow, alpha=-self._lr * rate)
+        movement = torch._foreach_sub(self._last, list(estimates))
+        if rate > 0:
+            torch._foreach_add_(self._slow, movement, alpha=1.0 / rate)
+            torch._foreach_add_(self._last, self._slow, alpha=-self._lr * rate)
+        else:  # the end of a schedule: the limit for small rates, with nothing to remember
+            torch._foreach_add_(self._last, movement, alpha=-self._lr)
         return [tensor.clone() for tensor in self._last]
 
     @property

@@ -17,7 +17,7 @@ import hashlib
 import io
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import formats, storage
+from . import formats, storage, timeline
 from .formats import FORMAT
 from .group import Group, Solo
 from .history import History, unlike_a_summary
@@ -158,6 +158,16 @@ class RunFolder:
         from_rank_zero(group, work)
         self._number += 1
 
+    def write_timeline(self, told: Sequence[Mapping[str, Any]]) -> bytes:
+        """Put what the ranks noted of their waits behind what they noted before the run was resumed."""
+        timeline.write(self.path / timeline.TIMELINE, told, more=True)
+        return b""
+
+    def waits(self) -> list[timeline.Wait] | None:
+        """When ranks waited for each other; None for a run that did not note it."""
+        path = self.path / timeline.TIMELINE
+        return timeline.read(path) if storage.is_there(path) else None
+
     def load(self, group: Group | None = None) -> Checkpoint:
         """The newest whole checkpoint, the same on all ranks. Raises BadInput, in a sentence that names the file."""
 
@@ -238,7 +248,7 @@ def _clear(path: Path, overwrite: bool) -> None:
                 raise BadInput(
                     f"{path} is no run folder (it has no {RECIPE}), so it is not overwritten; give another one"
                 )
-            for name in (SUMMARY, HISTORY, TRAINING, MODEL, RECIPE):
+            for name in (timeline.TIMELINE, SUMMARY, HISTORY, TRAINING, MODEL, RECIPE):
                 for ending in (_NEW, _PART, ""):
                     (path / (name + ending)).unlink(missing_ok=True)
         path.mkdir(parents=True, exist_ok=True)

@@ -31,6 +31,7 @@ from .history import History, Row
 from .limits import Best, Limits, limits
 from .losses import Loss
 from .meter import Meter, exchange_notes, merged_metrics, merged_parts, own_sums
+from .timeline import waits_of
 from .training import BadInput, Batch, PeerLost, Training
 
 if TYPE_CHECKING:
@@ -211,6 +212,8 @@ class _Loop:
 
     def run(self) -> History:
         self.history.stopped_by = self.bounds.reached(self.step, self.seconds)
+        if self.group.size > 1:
+            self.group.any(False)  # the ranks' clocks start together
         self.counted = (self.group.bytes_sent, self.group.rounds)
         if self.history.stopped_by:  # a resumed run that has nothing left to do
             self.training.sync()
@@ -218,6 +221,7 @@ class _Loop:
             while self.history.stopped_by is None:
                 self._advance(asked)
                 self._evaluate(asked)
+        self._write_timeline()
         if self.best is not None:
             self.best.deploy(self.training.model)
         if self.history.stopped_by == "interrupted" or (asked() and self.group.size == 1):
@@ -229,6 +233,9 @@ class _Loop:
         because that would take a message a step."""
         bounds, first = self.bounds, self.step
         target = bounds.steps if self.group.size == 1 else self._next_evaluation()
+        waits = waits_of(self.group)
+        if waits is not None:
+            waits.begin(self.seconds)
         started = time.perf_counter()
         while True:
             batch = self.feed.batch(self.step)
@@ -241,6 +248,8 @@ class _Loop:
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)  # queued work is training time too
         spent = time.perf_counter() - started
+        if waits is not None:
+            waits.pause()
         self.seconds += spent
         self.pace = (self.step - first, spent)
 
@@ -306,6 +315,12 @@ class _Loop:
         if self.folder is not None and (told[0]["save"] or self.history.stopped_by):
             self._save(self.folder)
         self.counted = (group.bytes_sent, group.rounds)
+
+    def _write_timeline(self) -> None:
+        waits, folder = waits_of(self.group), self.folder
+        if waits is not None and folder is not None and self.group.size > 1:
+            told = exchange_notes(self.group, waits.read())
+            from_rank_zero(self.group, lambda: folder.write_timeline(told))
 
     def _row(self, told: list[dict[str, Any]]) -> Row:
         row: Row = {

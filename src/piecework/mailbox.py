@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from .meeting import Store, connect, named
+from .timeline import Waits
 from .training import PeerLost
 
 HEAD = 64
@@ -108,7 +109,7 @@ class GlooMailbox:
 
     store: where the ranks meet, with a name of this mailbox's own in front. Made by all ranks together.
     timeout: seconds of silence after which a peer is an error; count: told the bytes of each message posted;
-    step: the step under way, for errors."""
+    step: the step under way, for errors; waits: where waits are noted."""
 
     def __init__(
         self,
@@ -120,8 +121,10 @@ class GlooMailbox:
         timeout: float,
         count: Callable[[int], None],
         step: Callable[[], int | None] = lambda: None,
+        waits: Waits | None = None,
     ) -> None:
         self.capacity = capacity
+        self._waits = Waits() if waits is None else waits
         self._rank, self._size, self._timeout, self._count, self._step = rank, size, timeout, count, step
         self._pg = connect(store, rank, size, timeout)
         self._changed = Condition()
@@ -181,6 +184,10 @@ class GlooMailbox:
                 self._free.append(letter.whole)
 
     def wait(self, peers: Collection[int]) -> None:
+        with self._waits.waiting("mailbox", self._step(), sorted(peers)):
+            self._wait(peers)
+
+    def _wait(self, peers: Collection[int]) -> None:
         began = time.monotonic()
         self._pulse.watch(peers)
         with self._changed:

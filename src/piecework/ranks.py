@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import messages, roll_call
 from .meeting import Store, connect, named
+from .timeline import Waits
 from .training import BadInput, PeerLost
 
 if TYPE_CHECKING:
@@ -87,6 +88,8 @@ class Ranks:
         self.store = store
         """Where the ranks met, None where torch does not tell; writers put a name of their own in front."""
         self._pg, self._backends = pg, backends
+        self.waits = Waits()
+        """When this rank waited for others."""
         self._packs = messages.Packs()
         self._lost: PeerLost | None = None
         self._mailboxes: list[Mailbox] = []
@@ -204,6 +207,7 @@ class Ranks:
             timeout=self.timeout,
             count=self._count,
             step=lambda: self.step,
+            waits=self.waits,
         )
         self._mailboxes.append(box)
         return box
@@ -213,7 +217,7 @@ class Ranks:
 
         All call this with the same numbers and a store for this epoch alone; `PeerLost` where one does not come."""
         group = Ranks.met(store, members.index(name), len(members), timeout=timeout)
-        group.timeout = self.timeout
+        group.timeout, group.waits = self.timeout, self.waits
         self._others.append(group)
         return group
 
@@ -260,7 +264,7 @@ class Ranks:
         del self._pg, self.store
 
     def _run(self, verb: str, wire: torch.device, post: Callable[[], dist.Work]) -> None:
-        with self.failures(verb):
+        with self.failures(verb), self.waits.waiting(verb, self.step):
             # The operation carries its own timeout: a shorter one in `wait` would leave it running, and the process
             # could not end before the process group's timeout. The one here is for backends that ignore options.
             _finish(post(), wire, self.timeout + 1.0)
@@ -322,11 +326,13 @@ class _Exchange:
         self._works, self._buffers = (), ()
         # NCCL makes one work of the whole batch, and then no single peer can be named.
         one_each = len(works) == len(self._ends)
-        until = time.monotonic() + self._group.timeout
+        until, began = time.monotonic() + self._group.timeout, time.perf_counter()
         for work, (peer, carrier) in zip(works, self._ends, strict=False):
             try:
                 _finish(work, carrier.device, max(0.001, until - time.monotonic()))
             except RuntimeError as error:
                 self._group._fail("exchange", error, peer if one_each else None)
+        peers = dict.fromkeys(peer for peer, _ in self._ends)
+        self._group.waits.note("exchange", self._group.step, [*peers], began, time.perf_counter())
         for carrier, buffer in buffers:
             messages.write_back(carrier, buffer)

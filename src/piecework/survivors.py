@@ -29,6 +29,7 @@ from .group import Group, Pending
 from .mailbox import Mailbox
 from .meeting import Store, named
 from .newcomers import Newcomer
+from .timeline import Waits, waits_of
 from .training import PeerLost
 
 R = TypeVar("R")
@@ -107,6 +108,10 @@ class Survivors:
     @property
     def rounds(self) -> int:
         return self._counted[1] + self._inner.rounds
+
+    @property
+    def waits(self) -> Waits | None:
+        return waits_of(self._start)
 
     @property
     def step(self) -> int | None:

@@ -189,7 +189,10 @@ class ShowOptions:
     """The picture to write (PNG)."""
 
     timeline: bool = False
-    """Draw what each rank did when, for runs that recorded it."""
+    """Draw who waited for whom, when, in place of the scores: for runs on several ranks."""
+
+    between: Annotated[tuple[float, float] | None, arg(metavar="S S", **_NONE)] = None
+    """With --timeline, the training seconds to draw; otherwise six steps in the middle."""
 
 
 @dataclass(frozen=True, kw_only=True)

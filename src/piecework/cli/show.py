@@ -14,9 +14,10 @@ from .parse import parse
 if TYPE_CHECKING:
     from ..checkpoint import RunFolder
     from ..history import History
+    from ..timeline import Wait
 
 SHOW = "piecework show RUN [RUN ...] [--out FILE] [--timeline]"
-PICTURE = "show.png"
+PICTURE, TIMELINE_PICTURE = "show.png", "timeline.png"
 
 
 def show_command(argv: Sequence[str]) -> int:
@@ -32,9 +33,12 @@ def show_command(argv: Sequence[str]) -> int:
     if not standing:
         raise BadInput(f"show takes at least one run folder: {SHOW}")
     runs = [run for name in standing for run in _runs(Path(name))]
-    histories = [_history(run) for run in runs]
     if chosen.timeline:
-        _require_timeline(runs, histories)
+        _timeline(chosen, runs)
+        return 0
+    if chosen.between is not None:
+        raise BadInput("--between is for --timeline; give that too")
+    histories = [_history(run) for run in runs]
     labels = _labels([run.path for run in runs])
     _print(labels, histories)
     path = Path(chosen.out) if chosen.out is not None else Path(standing[0]) / PICTURE
@@ -85,15 +89,56 @@ def _labels(paths: Sequence[Path]) -> list[str]:
     return labels
 
 
-def _require_timeline(runs: Sequence[RunFolder], histories: Sequence[History]) -> None:
+def _timeline(chosen: ShowOptions, runs: Sequence[RunFolder]) -> None:
+    """Of each run: a table of who waited for whom, and a picture of some steps."""
+    import io
+
+    from .. import storage
+    from ..timeline import TIMELINE
+    from ..timeline_figure import draw as draw_timeline
+    from ..timeline_figure import window
     from ..training import BadInput
 
-    for run, history in zip(runs, histories, strict=True):
-        if not any("timeline" in row for row in history.rows):
+    if chosen.out is not None and len(runs) > 1:
+        raise BadInput("--out is for the picture of one timeline; show one run, or leave it out")
+    for run in runs:
+        waits = run.waits()
+        if not waits:
             raise BadInput(
-                f"{run.path} has no timeline: its ranks did not record what they did when; leave out --timeline"
+                f"{run.path} has no timeline ({TIMELINE}): runs on several ranks leave one when they end; leave out "
+                "--timeline"
             )
-    raise BadInput("this version of piecework does not draw timelines; leave out --timeline")
+        between = window(waits) if chosen.between is None else chosen.between
+        if not between[0] < between[1]:
+            raise BadInput(f"--between takes two moments, the earlier first; got {between[0]:g} and {between[1]:g}")
+        _print_shares(run, waits)
+        picture = io.BytesIO()
+        title = f"{_harmless(run.path.resolve().name)}: who waits for whom"
+        draw_timeline(waits, picture, between, title=title)
+        path = Path(chosen.out) if chosen.out is not None else run.path / TIMELINE_PICTURE
+        storage.replace_bytes(path, picture.getvalue())
+        print(f"figure   {path}: {between[0]:.4g} to {between[1]:.4g} s; --between S S for another part")
+
+
+def _print_shares(run: RunFolder, waits: Sequence[Wait]) -> None:
+    from ..timeline_figure import shares
+    from .tables import console, table
+
+    headings = ["rank", "at work", "waits", "messages", "most for", "longest", "in step"]
+    rows = [
+        (
+            str(one.rank),
+            f"{1 - one.waiting - one.messages:.1%}",
+            f"{one.waiting:.1%}",
+            f"{one.messages:.1%}",
+            "-" if one.most_for is None else f"rank {one.most_for} ({one.part_for:.0%})",
+            f"{1000 * one.longest:.1f} ms",
+            str(one.longest_step),
+        )
+        for one in shares(waits)
+    ]
+    print(f"timeline {run.path}: {len(waits):,} waits; at work is all that was no waiting")
+    console().print(table(headings, rows))
 
 
 def _print(labels: Sequence[str], histories: Sequence[History]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import time
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -43,7 +44,9 @@ class DataParallel:
             **silent,
         )
         # A lambda, because torch compares a hook's annotations, if it has any, with the class itself.
-        self._wrapped.register_comm_hook(group, lambda state, bucket: _average(state, bucket))
+        self._wrapped.register_comm_hook(None, lambda _, bucket: self._average(bucket))
+        self._last_bucket: float | None = None
+        """When the last sum of a backward pass was begun."""
 
     def forward(self, x: Tensor) -> Tensor:
         with self._group.failures("the gradient average"):
@@ -53,6 +56,12 @@ class DataParallel:
     def backward(self, loss: Tensor) -> None:
         with self._group.failures("the gradient average"):
             loss.backward()  # type: ignore[no-untyped-call]
+        if self._last_bucket is not None:  # the backward pass ended with it, but for the sums
+            self._group.waits.note("gradients", self._group.step, (), self._last_bucket, time.perf_counter())
+
+    def _average(self, bucket: Bucket) -> torch.futures.Future[Tensor]:
+        self._last_bucket = time.perf_counter()
+        return _average(self._group, bucket)
 
 
 def _average(group: Ranks, bucket: Bucket) -> torch.futures.Future[Tensor]:

@@ -21,6 +21,7 @@ from .. import messages
 from ..group import Pending
 from ..mailbox import Mailbox
 from ..meeting import Store
+from ..timeline import Waits
 from ..training import PeerLost
 from .in_memory_mail import MemoryMailbox, Office
 
@@ -161,6 +162,10 @@ class Board:
             raise ValueError(message.error)
 
     def _await(self, group: Threads, verb: str, *, ready: Callable[[], bool], absent: Callable[[], set[int]]) -> None:
+        with group.waits.waiting(verb, group.step, sorted(absent()) if verb == "exchange" else ()):
+            self._wait_until(group, verb, ready, absent)
+
+    def _wait_until(self, group: Threads, verb: str, ready: Callable[[], bool], absent: Callable[[], set[int]]) -> None:
         until = min(time.monotonic() + self.wait, self.end_of_time)
         self._doing[group.rank] = verb
         while not ready():
@@ -195,6 +200,7 @@ class Threads:
         self.rounds = 0
         self.calls = 0
         self.store = board.store
+        self.waits = Waits()
         self._num_mailboxes = 0
         self._board = board
 
@@ -254,7 +260,9 @@ class Threads:
 
     def again(self, store: Store, name: int, members: Sequence[int], epoch: int, timeout: float) -> Threads:
         """A new group of these ranks, who all call this with the same numbers."""
-        return Threads(members.index(name), self._board.again(members, epoch))
+        group = Threads(members.index(name), self._board.again(members, epoch))
+        group.waits = self.waits
+        return group
 
     def hang_up(self) -> None:
         """Make no more calls: whoever waits for this rank in one loses it."""

@@ -95,6 +95,10 @@ class MemoryMailbox:
         letter.whole.fill_(0xA5)
 
     def wait(self, peers: Collection[int]) -> None:
+        with self._group.waits.waiting("mailbox", self._group.step, sorted(peers)):
+            self._wait(peers)
+
+    def _wait(self, peers: Collection[int]) -> None:
         until = time.monotonic() + self._group.timeout
         with self._changed:
             while not self._anything() and not {*self._dead, *self._office.closed} & set(peers):

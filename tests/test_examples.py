@@ -119,6 +119,15 @@ def test_factors_of_faces_are_drawn_and_know_strangers_better_than_pixels_do(
     assert picture.read_bytes()[:4] == b"\x89PNG"
 
 
+def test_gossip_around_a_loop_of_ones_own_alone_and_on_two_ranks(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "09_gossip_in_your_own_loop.py"
+    assert main_of(name)(["--epochs", "6"]) > 0.93
+    assert "1 ranks" in capsys.readouterr().out
+    found = re.search(r"2 ranks.*average (\S+)", on_two_ranks("--epochs", "6", name=name))
+    assert found is not None
+    assert float(found[1]) > 0.93
+
+
 def test_two_blocks_learn_a_language_on_one_process_and_on_two(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

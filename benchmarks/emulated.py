@@ -32,10 +32,10 @@ from gossip_baselines import AllReduce, LocalSGD, Overlapped
 from links import Links
 from piecework import Batch, Group, data
 from piecework.batches import MiniBatches
-from piecework.clock import Noise
 from piecework.losses import Loss, named
 from piecework.models import mlp
 from piecework.testing import processes
+from piecework.training import stream
 
 FEATURES, CLASSES, HIDDEN = 64, 10, (416,) * 8
 """digits; 1 245 514 parameters, 5.0 MB in float32, in nine layers of which seven have 0.7 MB each."""
@@ -45,12 +45,24 @@ WARM_UP = 4
 """Steps before the clock starts: connections are made, and DistributedDataParallel settles its buckets."""
 
 
+@dataclass(frozen=True)
+class Noise:
+    """What delays a rank, drawn from (seed, rank, step)."""
+
+    stalls: float = 0.0
+    """Probability that a rank's step takes twice its time: it stalls for one step's time before the forward pass."""
+    slow_rank: int | None = None
+    slowness: float = 2.0
+    """The slow rank's steps take so many times as long, for good."""
+    seed: int = 0
+
+
 class Pace:
     """The clock of a rank's emulated kernels."""
 
     def __init__(self, seconds: float, *, noise: Noise | None = None, rank: int = 0) -> None:
         self._noise = noise or Noise()
-        self._plain = self._seconds = seconds
+        self._seconds = seconds * (self._noise.slowness if self._noise.slow_rank == rank else 1.0)
         self._rank, self._step, self._due, self._began = rank, 0, 0.0, 0.0
         self.computing: list[float] = []
         """Seconds of each step from the start of the forward pass to the last sleep's end; with stalls."""
@@ -58,8 +70,8 @@ class Pace:
         """Most seconds that the real computation was behind its kernel at the end of a step."""
 
     def begin(self) -> None:
-        stalled = self._noise.stalled(self._rank, self._step)
-        self._seconds = self._plain * self._noise.factor(self._rank, self._step)
+        generator = stream(self._noise.seed, self._rank, self._step)
+        stalled = float(torch.rand((), generator=generator)) < self._noise.stalls
         self._step += 1
         self._began = self._due = time.monotonic()
         self.computing.append(0.0)

@@ -214,8 +214,17 @@ class GlooMailbox:
         senders = [thread for _, thread in self._senders.values()]
         for thread in senders if alone else self._listeners.values():
             thread.join(max(0.0, until - time.monotonic()))
+        self._hang_up()
         self._pulse.stop()
         del self._pg
+
+    def _hang_up(self) -> None:
+        """End the threads that still wait for a peer: one that woke while the interpreter ends would abort it."""
+        for peer, listener in self._listeners.items():
+            if listener.is_alive():
+                with suppress(RuntimeError):  # a receive that expires closes the connection
+                    self._pg.recv([torch.empty(1, dtype=torch.uint8)], peer, _TAG + 1).wait(timedelta(milliseconds=1))
+                listener.join(1.0)
 
     def _whole(self) -> Tensor:
         with self._changed:

@@ -143,3 +143,16 @@ def one_is_slow(group, seconds):
 
 def test_a_peer_that_is_slow_and_alive_is_waited_for_beyond_the_timeout():
     assert processes(2, partial(one_is_slow, seconds=3.0), timeout=60, wait=1.0)[0] > 2.0
+
+
+def one_ends_long_before_the_other(group):
+    box = group.mailbox(80)
+    box.listen([1 - group.rank])
+    if group.rank == 1:
+        time.sleep(7.0)  # longer than a mailbox waits for the others to close theirs
+    box.close()
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("piecework-from")]
+
+
+def test_no_thread_is_left_waiting_for_a_peer_that_takes_its_time():
+    assert processes(2, one_ends_long_before_the_other, timeout=60) == [[], []]

@@ -108,9 +108,7 @@ class Peers:
         weight = self.push_sum.weight
         if weight == 0.0:
             torch._foreach_copy_(self._parameters, self._before)
-        elif self._recipe.step_on == "x":
-            self.push_sum.numerators_to_estimates()
-        self.push_sum.mix()
+        self.push_sum.mix(numerators=weight > 0 and self._recipe.step_on == "x")
         if self._slow is not None and self.push_sum.step % self._recipe.slow_every == 0:
             self._outer_step(self._slow)
         found = {

@@ -89,11 +89,17 @@ class PushSum:
         return [self._names[peer] for peer in self._mailbox.gone | self._released]
 
     @torch.no_grad()
-    def mix(self) -> None:
-        """Send shares of x, where this step sends; add what is due, and what else is there; leave z in the tensors."""
-        if self._mailbox is not None:
+    def mix(self, *, numerators: bool = False) -> None:
+        """Send shares of x, where this step sends; add what is due, and what else is there; leave z in the tensors.
+
+        numerators: x is in the tensors already, as it is after an optimiser that has stepped on it."""
+        if self._mailbox is None:
+            if numerators:
+                self.numerators_to_estimates()
+        else:
             held = [tensor.detach().clone() for tensor in self.tensors] if self.weight == 0.0 else None
-            self.estimates_to_numerators()
+            if not numerators:
+                self.estimates_to_numerators()
             sent = self._send() if self.step % self._every == 0 else _Sent(1.0, 1.0, 0, 0.0)
             self._wait(self._due_now())
             self._add(sent, self._chosen())

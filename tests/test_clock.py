@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import replace
 from functools import partial
@@ -157,6 +158,25 @@ def test_a_switch_that_all_share_bounds_what_they_send_together() -> None:
     assert sorted(on_a_clock(4, work, link=shared)) == [2.5, 4.5, 6.5, 8.5]
     assert LINK.all_reduce_s(40, 4) == pytest.approx(6 * (0.5 + 1.0))
     assert shared.all_reduce_s(40, 4) == pytest.approx(6 * (0.5 + 4 * 1.0))
+
+
+def test_messages_that_wait_at_their_sender_hold_nobody_else_up() -> None:
+    def work(group: ClockGroup) -> float:
+        box = group.mailbox(40)
+        if group.rank == 0:
+            for _ in range(3):  # to rank 2; the last leaves at 4 s
+                post(box, 2, 20)
+        elif group.rank == 1:
+            group.compute(1.0)
+            post(box, 3, 20)
+        elif group.rank == 3:
+            box.listen([1])
+            box.wait([1])
+        return group.seconds()
+
+    for switch in (math.inf, 1000.0):
+        link = Link(latency_s=0.5, bytes_per_s=10.0, switch_bytes_per_s=switch)
+        assert on_a_clock(4, work, link=link)[3] == 3.5
 
 
 def test_steps_of_the_warm_up_are_taken_and_not_counted_and_overhead_is_added_to_each() -> None:

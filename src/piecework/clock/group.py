@@ -51,9 +51,11 @@ class World:
     def carry(self, source: int, target: int, num_bytes: float, posted: float | None = None) -> float:
         """Put a message on the link, now or at a moment to come; returns when it arrives."""
         busy, latency = self.link.passing_s(num_bytes), self.link.latency_s
-        begins = max(self.turns.now[source] if posted is None else posted, self._out[source])
+        now = self.turns.now[source]
+        begins = max(now if posted is None else posted, self._out[source])
         self._out[source] = begins + busy
-        self._switch = max(begins, self._switch) + self.link.switching_s(num_bytes)
+        # From now on, and not from `begins`: what waits at its sender must not hold up the messages of others.
+        self._switch = max(now, self._switch) + self.link.switching_s(num_bytes)
         self._in[target] = max(max(begins + latency, self._in[target]) + busy, self._switch + latency)
         return self._in[target]
 

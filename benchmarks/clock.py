@@ -8,8 +8,8 @@ them measured on something else than the cells:
 - bytes a second of all links together: the ranks share the cores of one machine, and these carry every message. From
   one round of messages without shaping, in which every rank sends 5 MB to the next;
 - overhead: what a step of ranks that send nothing takes besides its computation (optimiser, Python, and the cores that
-  the ranks share); and what gossip's and pairs' own arithmetic on a message takes. Both without shaping, and with a
-  seed that no cell has.
+  the ranks share), with a seed that no cell has. What a method computes on a message (gossip adds it to the model) is
+  not in it, nor in the prediction.
 
 The step without messages is no cell, because the overhead comes from it. The number of DistributedDataParallel's
 buckets is the one that it reports. Finished runs are kept in --cache, so that the command can be stopped and given
@@ -81,16 +81,20 @@ class Condition:
 
 
 CONDITIONS: dict[str, Condition] = {
-    "unshaped": Condition(),
-    "1 Gbit/s": Condition(1000),
     "100 Mbit/s": Condition(100),
     "unshaped, stalls 1/8": Condition(noise=Noise(stalls=1 / RANKS, seed=1)),
+    "1 Gbit/s": Condition(1000),
+    "unshaped": Condition(),
     "unshaped, rank 3 takes twice as long": Condition(noise=Noise(slow_rank=3, seed=1)),
 }
 
 
+class Enough(Exception):
+    """As many new cells as were asked for have been measured."""
+
+
 class Cache:
-    """What has been measured, one line each."""
+    """What has been measured, one line each. Raises Enough for one more than is left."""
 
     def __init__(self, path: Path, most: int) -> None:
         self._path, self._left = path, most
@@ -100,7 +104,7 @@ class Cache:
     def get(self, key: str, measure: Any) -> Any:
         if key not in self._known:
             if self._left == 0:
-                raise SystemExit("enough for this time; give the command again for the rest")
+                raise Enough
             self._left -= 1
             self._known[key] = measure()
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -166,10 +170,8 @@ def scenario_of(condition: Condition, found: dict[str, float], known: Constants,
     )
 
 
-def compared(known: Constants, cache: Cache) -> tuple[list[list[object]], list[float]]:
-    """A row a cell, and the errors."""
-    rows: list[list[object]] = []
-    errors: list[float] = []
+def compared(known: Constants, cache: Cache, rows: list[list[object]], errors: list[float]) -> None:
+    """Add a row a cell, and the errors; what was there when Enough is raised is right."""
     for where, condition in CONDITIONS.items():
         for name, method in METHODS.items():
             if name == NOTHING:
@@ -208,17 +210,25 @@ def main() -> None:
         raise SystemExit(f"no shaped links here: {reason}")
     cache = Cache(arguments.cache, arguments.cells)
     known = constants(cache)
-    rows, errors = compared(known, cache)
+    rows: list[list[object]] = []
+    errors: list[float] = []
+    whole = True
+    try:
+        compared(known, cache, rows, errors)
+    except Enough:
+        whole = False
+        print("these are the cells so far; give the command again for the rest")
     sizes = np.abs(errors)
-    print(f"mean error {100 * sizes.mean():.1f} %, largest {100 * sizes.max():.1f} %", known)
-    if arguments.dry:
+    if arguments.dry or not whole:
         for row in rows:
             print(" | ".join(map(report.show, row)))
+        if errors:
+            print(f"mean error {100 * sizes.mean():.1f} %, largest {100 * sizes.max():.1f} %; {known}")
         return
-    links = [calibrated(condition.rate_mbit, cache) for condition in list(CONDITIONS.values())[:3]]
     told = "; ".join(
         f"{name} latency {1000 * link.latency_s:.2f} ms and {link.bytes_per_s / 1e6:.1f} MB/s"
-        for name, link in zip(CONDITIONS, links, strict=False)
+        for name, rate in (("unshaped", None), ("1 Gbit/s", 1000), ("100 Mbit/s", 100))
+        for link in [calibrated(rate, cache)]
     )
     text = (
         f"Levels B (measured) and C (predicted). {RANKS} ranks, {model_bytes() / 1e6:.1f} MB, "

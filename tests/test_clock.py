@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -140,6 +142,60 @@ def test_without_noise_it_agrees_with_the_cost_model_to_two_per_cent(gbit: int) 
     for name, milliseconds in zip(COLUMNS, BY_GBIT[gbit], strict=True):
         found = 1000 * seconds_a_step(PROGRAMS[name], scenario)
         assert found == pytest.approx(milliseconds, rel=0.02), name
+
+
+def test_a_switch_that_all_share_bounds_what_they_send_together() -> None:
+    """Four ranks send 20 bytes at once: 2 s on links of their own, and 4 x 20 / 10 s through the switch."""
+
+    def work(group: ClockGroup) -> float:
+        mine, theirs = torch.zeros(20, dtype=torch.uint8), torch.zeros(20, dtype=torch.uint8)
+        after, before = (group.rank + 1) % 4, (group.rank - 1) % 4
+        group.exchange({after: mine}, {before: theirs}).wait()
+        return group.seconds()
+
+    assert on_a_clock(4, work, link=LINK) == [2.5] * 4
+    shared = Link(latency_s=0.5, bytes_per_s=10.0, switch_bytes_per_s=10.0)
+    assert sorted(on_a_clock(4, work, link=shared)) == [2.5, 4.5, 6.5, 8.5]
+    assert LINK.all_reduce_s(40, 4) == pytest.approx(6 * (0.5 + 1.0))
+    assert shared.all_reduce_s(40, 4) == pytest.approx(6 * (0.5 + 4 * 1.0))
+
+
+def test_messages_that_wait_at_their_sender_hold_nobody_else_up() -> None:
+    def work(group: ClockGroup) -> float:
+        box = group.mailbox(40)
+        if group.rank == 0:
+            for _ in range(3):  # to rank 2; the last leaves at 4 s
+                post(box, 2, 20)
+        elif group.rank == 1:
+            group.compute(1.0)
+            post(box, 3, 20)
+        elif group.rank == 3:
+            box.listen([1])
+            box.wait([1])
+        return group.seconds()
+
+    for switch in (math.inf, 1000.0):
+        link = Link(latency_s=0.5, bytes_per_s=10.0, switch_bytes_per_s=switch)
+        assert on_a_clock(4, work, link=link)[3] == 3.5
+
+
+def test_steps_of_the_warm_up_are_taken_and_not_counted_and_overhead_is_added_to_each() -> None:
+    plain = Scenario(ranks=3, model_bytes=1e6, step_s=0.1, bytes_per_s=1e7, steps=5)
+    longer = replace(plain, warm_up=4, overhead_s=0.02)
+    first, later = (seconds_a_step(PROGRAMS["no messages"], one) for one in (plain, longer))
+    assert (first, later) == (pytest.approx(0.1), pytest.approx(0.12))
+    # A link that a message keeps busy for longer than a step: the first step, with nothing to wait for, does not count.
+    slow = replace(plain, bytes_per_s=5e6)
+    assert seconds_a_step(PROGRAMS["gossip, overlap 1"], slow) < 0.19
+    assert seconds_a_step(PROGRAMS["gossip, overlap 1"], replace(slow, warm_up=4)) == pytest.approx(0.2, rel=0.01)
+
+
+def test_pairs_that_average_when_they_come_hide_an_answer_within_a_step() -> None:
+    """Two ranks: a message and its answer take 0.2 s together, behind a step of 0.3 s, or are waited for."""
+    hidden = Scenario(ranks=2, model_bytes=1e6, step_s=0.3, bytes_per_s=1e7, steps=10)
+    assert seconds_a_step(PROGRAMS["AD-PSGD"], hidden) == pytest.approx(0.3)
+    waited = replace(hidden, step_s=0.05, warm_up=2)
+    assert seconds_a_step(PROGRAMS["AD-PSGD"], waited) == pytest.approx(0.2, rel=0.01)
 
 
 def test_one_rank_needs_no_messages_and_numbers_that_mean_nothing_are_refused() -> None:

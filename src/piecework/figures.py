@@ -95,7 +95,8 @@ def lines(
     for panel, (name, curves) in zip(sheet.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for number, (label, (across, up)) in enumerate(curves.items()):
             colour = INK if number == 0 else COLOURS[(number - 1) % len(COLOURS)]
-            panel.plot(across, up, color=colour, marker="o", markersize=3.5, lw=1.6, label=label)
+            dashes = DASHES[max(0, number - 1) // len(COLOURS) % len(DASHES)]
+            panel.plot(across, up, color=colour, linestyle=dashes, marker="o", markersize=3.5, lw=1.6, label=label)
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
         places = sorted({place for across, _ in curves.values() for place in across})

@@ -46,13 +46,17 @@ class World:
         self.closed: dict[tuple[int, int], float] = {}  # (mailbox, rank) -> when it was closed
         self._out = [0.0] * size
         self._in = [0.0] * size
+        self._switch = 0.0
 
-    def carry(self, source: int, target: int, num_bytes: float) -> float:
-        """Put a message on the link now; returns when it arrives."""
-        busy = self.link.passing_s(num_bytes)
-        begins = max(self.turns.now[source], self._out[source])
+    def carry(self, source: int, target: int, num_bytes: float, posted: float | None = None) -> float:
+        """Put a message on the link, now or at a moment to come; returns when it arrives."""
+        busy, latency = self.link.passing_s(num_bytes), self.link.latency_s
+        now = self.turns.now[source]
+        begins = max(now if posted is None else posted, self._out[source])
         self._out[source] = begins + busy
-        self._in[target] = max(begins + self.link.latency_s, self._in[target]) + busy
+        # From now on, and not from `begins`: what waits at its sender must not hold up the messages of others.
+        self._switch = max(now, self._switch) + self.link.switching_s(num_bytes)
+        self._in[target] = max(max(begins + latency, self._in[target]) + busy, self._switch + latency)
         return self._in[target]
 
 
@@ -130,6 +134,12 @@ class ClockGroup:
             queue.append((arrives, tensor.detach().clone()))
         self.count(sum(map(messages.num_bytes, send.values())))
         return _Exchange(self, self._world, dict(recv))
+
+    def there_and_back(self, peer: int, num_bytes: float) -> float:
+        """When the answer arrives to a message posted now, both of so many bytes; the peer answers at once, whatever it
+        computes. Nothing is in the messages."""
+        arrives = self._world.carry(self.rank, peer, num_bytes)
+        return self._world.carry(peer, self.rank, num_bytes, arrives)
 
     def mailbox(self, capacity: int) -> ClockMailbox:
         self._num_mailboxes += 1

@@ -436,3 +436,32 @@ def test_the_step_reports_the_users_loss_before_it(smoothing: float) -> None:
     for seed in range(3):
         before = LOSS(model(rows(seed=seed).x), rows(seed=seed).y).detach()
         assert abs(float(training.step(rows(seed=seed))["loss"] - before)) < 1e-12
+
+
+def test_a_coupling_that_grows_may_be_late_and_skips_only_the_steps_that_it_is_late_by() -> None:
+    """Written out: greedy up to step 3, then backpropagation one step late in the lower of two blocks."""
+    model, twin = network(depth=2), network(depth=2)
+    head = Local(optimizer=Kept, probe_every=0).bind(network(depth=2), LOSS)
+    head.step(rows(seed=0))
+    assert head.stages[0].head is not None
+    judge = head.stages[0].head.module
+    sgd = partial(torch.optim.SGD, lr=0.1)
+    training = Local(anneal=(0, 4), staleness=1, probe_every=0, optimizer=sgd).bind(model, LOSS)
+    first, second, third = list(twin[:2].parameters()), list(twin[2:].parameters()), list(judge.parameters())
+    late: list[Tensor] = []
+    for step in range(9):
+        batch = rows(seed=step)
+        training.step(batch)
+        h = twin[:2](batch.x)
+        own, last = LOSS(judge(h), batch.y), LOSS(twin[2:](h), batch.y)
+        moves = [*zip(second, torch.autograd.grad(last, second, retain_graph=True), strict=True)]
+        if step < 4:
+            learnt = torch.autograd.grad(own, first, retain_graph=True)
+            moves += [*zip(first, learnt, strict=True), *zip(third, torch.autograd.grad(own, third), strict=True)]
+        else:
+            moves += [*zip(first, late, strict=False)]
+            late = list(torch.autograd.grad(last, first))
+        with torch.no_grad():
+            for one, gradient in moves:
+                one.sub_(0.1 * gradient)
+    assert worst([model.parameters()], [twin.parameters()]) < 1e-12

@@ -212,7 +212,6 @@ def test_exits_that_there_are_not_are_refused() -> None:
         ({"probe_every": -1}, "probe_every must be at least 0"),
         ({"at": (1,), "blocks": 2}, "either at=.* or blocks="),
         ({"anneal": (5, 5)}, "two rising steps"),
-        ({"anneal": (0, 5), "staleness": 1}, "take staleness=0"),
         ({"schedule": "cosine"}, "needs schedule_steps"),
     ],
 )

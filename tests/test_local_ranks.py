@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from local_cases import LOSS, network, noisy, rows, same, weights
 from piecework import BadInput, Batch, Local, PeerLost
 from piecework.group import Group, Solo
+from piecework.models import mlp
 from piecework.testing import Faults, Killed, threads
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -28,6 +29,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "late": {"coupling": "interlock", "reach": 3, "staleness": 1},
     "later": {"coupling": "overlap", "staleness": 2},
     "annealed": {"anneal": (3, 9), "every_head": True},
+    "annealed, late": {"anneal": (3, 9), "staleness": 1},
     "infopro": {"heads": "infopro", "head_width": 5},
 }
 
@@ -108,11 +110,11 @@ def test_a_rank_runs_ahead_of_the_next_by_as_many_batches_as_there_are_buffers()
 
     def work(group: Group) -> int:
         training = Local(blocks=2, buffers=3, probe_every=0).bind(network(depth=2), LOSS, group=group)
-        if group.rank == 1:
-            assert ahead.wait(20)
         for step in range(6):
+            if group.rank == 1 and step == 1:  # in the first one the ranks compare what they were given
+                assert ahead.wait(20)
             training.step(rows(seed=step))
-            if group.rank == 0 and step == 2:
+            if group.rank == 0 and step == 3:
                 ahead.set()
         under_way = len(training._links._up)
         training.sync()
@@ -168,6 +170,29 @@ def test_other_labels_on_a_rank_are_found_before_anything_is_deployed(wrong: str
         return
     outcomes = threads(2, work, outcomes=True)
     assert all(isinstance(one, BadInput) and "rank 1 was given other labels" in str(one) for one in outcomes)
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"blocks": 3}, "rank 1 was started with blocks 3, rank 0 with 2"),
+        ({"coupling": "overlap"}, "rank 1 was started with coupling 'overlap', rank 0 with 'greedy'"),
+        ({"model": network(depth=4)}, "rank 1 has a model with 4.weight"),
+        ({"model": network(depth=3, dtype=torch.float32)}, "rank 1 has a model with 0.weight"),
+        ({"model": mlp(5, [7, 7], 3, activation="relu", dtype=torch.float64)}, "rank 1 has a model with layer 1 ReLU"),
+        ({"rows": 7}, "rank 1 was given a first mini-batch with shape"),
+    ],
+    ids=str,
+)
+def test_a_rank_that_was_started_otherwise_is_one_clear_error_on_all(other: dict[str, Any], said: str) -> None:
+    def work(group: Group) -> None:
+        own = dict(other) if group.rank == 1 else {}
+        model, n = own.pop("model", None) or network(depth=3), own.pop("rows", 24)
+        training = Local(**{"blocks": 2, "probe_every": 0, **own}).bind(model, LOSS, group=group)
+        training.step(rows(n))
+
+    outcomes = threads(2, work, timeout=20, outcomes=True)
+    assert all(isinstance(one, BadInput) and said in str(one) for one in outcomes), outcomes
 
 
 @pytest.mark.parametrize("dead", [0, 1, 2])

@@ -39,8 +39,8 @@ from ...newcomers import Newcomer
 from ...survivors import surviving
 from ...training import BadInput
 from ..parameters import fused_kernels
+from ..alike import notes_of
 from ..schedule import Schedule, check_schedule
-from .alike import notes_of
 from .at_work import GossipAtWork
 from .attach import Attached
 from .graphs import NAMED, Graph, GraphName

@@ -157,8 +157,6 @@ class Local:
         if self.anneal is not None:
             if len(self.anneal) != 2 or not 0 <= self.anneal[0] < self.anneal[1]:
                 raise BadInput(f"local: anneal takes two rising steps, from 0 on, got {self.anneal}")
-            if self.staleness:
-                raise BadInput("local: a coupling that grows needs derivatives that are not late; take staleness=0")
         own = {one.name: one.default for one in fields(self)}
         if self.optimizer is not None:
             names = ("lr", "weight_decay", "schedule", "schedule_steps", "warmup_steps")

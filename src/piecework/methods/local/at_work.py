@@ -13,6 +13,7 @@ from ...evaluation import device_of
 from ...group import Group
 from ...losses import Loss, smoothed
 from ...training import BadInput, Batch, CannotTrain, Metrics
+from ..alike import notes_of, require_alike
 from ..blocks import Block, one_row, owners
 from ..optimizer_state import entries_of, put_entries
 from ..parameters import share_from, start_from_rank_0
@@ -49,6 +50,7 @@ class LocalAtWork:
         self._owners = _share_out(self._parts, group.size)
         mine = [number for number, rank in enumerate(self._owners) if rank == group.rank]
         self._device = device_of(model)
+        require_alike("local", notes_of(recipe, model), group)  # messages have no header: both ends know their length
         start_from_rank_0(model, group)
         self._factories = recipe.factories(len(self._parts))
         self.stages = [
@@ -213,9 +215,15 @@ class LocalAtWork:
         """What the block above hands down, in this order, for a block to take in this step."""
         if number == len(self._parts) - 1:
             return []
+        losses = range(number + 1, len(self._parts))
+        keys = [(loss, step - self._recipe.staleness * (loss - number)) for loss in losses]
+        return [(loss, then) for loss, then in keys if then >= 0 and loss in self._routes_at(then).down[number + 1]]
+
+    def _routes_at(self, step: int) -> Routes:
+        """Those of the mini-batch of this step, whose derivatives may come when the coupling has grown since."""
         assert self._routes is not None
-        keys = [(loss, step - self._recipe.staleness * (loss - number)) for loss in self._routes.down[number + 1]]
-        return [key for key in keys if key[1] >= 0]
+        reach = self._reach_at(step)
+        return self._routes if reach == self._reach else routes(self._credits(reach), self._learning)
 
     def _from_above(self, stage: Stage, key: Key) -> Tensor:
         if key in self._inbox[stage.number]:
@@ -238,6 +246,9 @@ class LocalAtWork:
         """Look at the rows of a step: what a block gives for one of them decides its head, and messages' lengths."""
         if self._known == (x.shape[1:], x.dtype):
             return
+        if self._known is None:
+            told = {"shape": str(tuple(x.shape)), "dtype": str(x.dtype)}
+            require_alike("local", {"rows": told}, self.group)
         rows = one_row(self._parts, x)
         self._known = (x.shape[1:], x.dtype)
         self._place(x[:1].clone(), rows)

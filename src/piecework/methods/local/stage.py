@@ -19,13 +19,15 @@ class Flight:
     """A mini-batch in a block, from its forward pass until nothing more is to be derived.
 
     x: input, a leaf; out: output, with its graph; leaves: what stands for the block's parameters in that graph;
-    waiting: the losses whose derivative at the output has not come; total: their weighted sum so far; true: the
-    gradient of the deployed network's loss, where it is to be compared; late: whether the leaves are copies; stepped:
-    whether the block has stepped."""
+    row, down: those of the stage in the step of the mini-batch; waiting: the losses whose derivative at the output has
+    not come; total: their weighted sum so far; true: the gradient of the deployed network's loss, where it is to be
+    compared; late: whether the leaves are copies; stepped: whether the block has stepped."""
 
     x: Tensor
     out: Tensor
     leaves: list[Tensor]
+    row: dict[int, float]
+    down: tuple[int, ...]
     waiting: set[int]
     total: Tensor | None = None
     gradients: list[Tensor] | None = None
@@ -74,7 +76,8 @@ class Stage:
             weights = dict(zip(self._names(), leaves, strict=True))
         with torch.enable_grad():
             out = self.block(x, weights)
-        return Flight(x, out, leaves, set(self.row) | set(self.down), late=weights is not None)
+        waiting = set(self.row) | set(self.down)
+        return Flight(x, out, leaves, self.row, self.down, waiting, late=weights is not None)
 
     def _names(self) -> list[str]:
         return [name for name, one in self.block.module.named_parameters() if one.requires_grad]
@@ -85,24 +88,24 @@ class Stage:
         Where the block learns from this loss alone, one pass gives its gradient too, which waits for `learn`."""
         flight = self.flights[step]
         flight.waiting.discard(loss)
-        if loss not in self.down:
+        if loss not in flight.down:
             return None
-        if self.row == {loss: 1.0}:
+        if flight.row == {loss: 1.0}:
             found = self._derive(flight, [*flight.leaves, flight.x], cotangent, keep=bool(flight.waiting))
             flight.gradients = found[:-1]
         else:
-            more = bool(flight.waiting) or bool(self.row and flight.gradients is None)
+            more = bool(flight.waiting) or bool(flight.row and flight.gradients is None)
             found = self._derive(flight, [flight.x], cotangent, keep=more)
         return found[-1].contiguous()
 
     def learn(self, step: int, loss: int, cotangent: Tensor) -> None:
         """Step, if this was the last loss of the block's row; let the graph go when nothing more comes."""
         flight = self.flights[step]
-        if loss in self.row:
-            weight = self.row[loss]
+        if loss in flight.row:
+            weight = flight.row[loss]
             term = cotangent if weight == 1.0 else weight * cotangent
             flight.total = term if flight.total is None else flight.total + term
-            if not flight.waiting & self.row.keys() and flight.gradients is None:
+            if not flight.waiting & flight.row.keys() and flight.gradients is None:
                 flight.gradients = self._derive(flight, flight.leaves, flight.total, keep=bool(flight.waiting))
         # What is still to be derived needs the weights of the forward pass, unless there are copies of them.
         if flight.gradients is not None and not flight.stepped and (flight.late or not flight.waiting):
@@ -135,6 +138,9 @@ class Stage:
             str(step): {
                 "x": flight.x.detach().clone(),
                 "leaves": [one.detach().clone() for one in flight.leaves],
+                "row": [[loss, weight] for loss, weight in flight.row.items()],
+                "down": list(flight.down),
+                "late": flight.late,
                 "waiting": sorted(flight.waiting),
                 "stepped": flight.stepped,
                 "total": None if flight.total is None else flight.total.clone(),
@@ -144,14 +150,18 @@ class Stage:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The counterpart of `state_dict`, where row and down are those of then."""
+        """The counterpart of `state_dict`."""
         self.flights = {}
+        now = self.row, self.down
         for number, kept in state.items():
             self.block.begin(int(number), again=True)
+            self.row = {int(loss): float(weight) for loss, weight in kept["row"]}
+            self.down = tuple(kept["down"])
             flight = self._depart(kept["x"].clone(), list(kept["leaves"]))
             flight.waiting, flight.total, flight.true = set(kept["waiting"]), kept["total"], kept["true"]
-            flight.stepped = kept["stepped"]
+            flight.stepped, flight.late = kept["stepped"], kept["late"]
             self.flights[int(number)] = flight
+        self.row, self.down = now
 
 
 def cosine(given: list[Tensor], true: list[Tensor]) -> Tensor:

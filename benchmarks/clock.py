@@ -29,9 +29,11 @@ import numpy as np
 import torch
 
 import report
+from ad_psgd import ADPSGD
 from calibration import MODEL_BYTES, Calibration, calibrate
-from emulated import CLASSES, FEATURES, HIDDEN, WARM_UP, Cell, Entry, run, sgd
-from gossip_baselines import ADPSGD, DPSGD, AllReduce, LocalSGD, Overlapped
+from emulated import CLASSES, FEATURES, HIDDEN
+from emulated_runs import WARM_UP, Cell, Entry, run, sgd
+from gossip_baselines import DPSGD, AllReduce, LocalSGD, Overlapped
 from links import Links
 from piecework import Gossip
 from piecework.clock import Noise

@@ -38,8 +38,8 @@ from ...losses import Loss
 from ...newcomers import Newcomer
 from ...survivors import surviving
 from ...training import BadInput
-from ..parameters import fused_kernels
 from ..alike import notes_of
+from ..parameters import fused_kernels
 from ..schedule import Schedule, check_schedule
 from .at_work import GossipAtWork
 from .attach import Attached

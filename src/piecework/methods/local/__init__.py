@@ -154,9 +154,8 @@ class Local:
     def _check_combinations(self) -> None:
         if self.at and self.blocks is not None:
             raise BadInput("local takes either at=, the places to cut, or blocks=, how many; got both")
-        if self.anneal is not None:
-            if len(self.anneal) != 2 or not 0 <= self.anneal[0] < self.anneal[1]:
-                raise BadInput(f"local: anneal takes two rising steps, from 0 on, got {self.anneal}")
+        if self.anneal is not None and not (len(self.anneal) == 2 and 0 <= self.anneal[0] < self.anneal[1]):
+            raise BadInput(f"local: anneal takes two rising steps, from 0 on, got {self.anneal}")
         own = {one.name: one.default for one in fields(self)}
         if self.optimizer is not None:
             names = ("lr", "weight_decay", "schedule", "schedule_steps", "warmup_steps")

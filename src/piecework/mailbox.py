@@ -5,6 +5,9 @@ has a thread that waits for as long as it takes, on connections of the mailbox's
 is alive is known otherwise: every rank writes into the store, again and again, that it is there and how much it has
 posted. A peer whose connection closes is gone. One that is silent, or whose messages do not arrive, is an error after
 the timeout: it cannot be told apart from one that will come back.
+
+A rank sends one message at a time: two that share a link arrive later than one after the other, and TCP makes them
+later still. A peer that does not take its message is not waited for any longer than `PATIENCE` of the timeout.
 """
 
 from __future__ import annotations
@@ -29,6 +32,9 @@ from .training import PeerLost
 
 HEAD = 64
 """Bytes in front of a message, of which 8 are used: what follows stays aligned."""
+
+PATIENCE = 0.1
+"""Part of the timeout for which a message may hold up those posted after it to other peers."""
 
 _TAG = 0x70776D
 _END = -1
@@ -136,6 +142,10 @@ class GlooMailbox:
         self._closed = False
         self._listeners: dict[int, Thread] = {}
         self._senders: dict[int, tuple[SimpleQueue[Any], Thread]] = {}
+        self._outbox: SimpleQueue[Any] = SimpleQueue()
+        self._under_way = [0] * size  # messages that gloo has been given and the peer has not taken
+        self._passed_by: set[int] = set()  # peers that take too long
+        self._postman = _thread(self._dispatch, (), "piecework-post")
         self._pulse = Pulse(named(store.clone(), "pulse"), rank, size, timeout)
 
     @property
@@ -208,9 +218,9 @@ class GlooMailbox:
         self.listen(peer for peer in range(self._size) if peer != self._rank)
         for peer in set(range(self._size)) - {self._rank} - self.gone:
             self._send(peer, self._whole(), _END)
-        for queue, _ in self._senders.values():
-            queue.put(None)
+        self._outbox.put(None)
         until = time.monotonic() + min(self._timeout, 5.0)
+        self._postman.join(max(0.0, until - time.monotonic()))
         senders = [thread for _, thread in self._senders.values()]
         for thread in senders if alone else self._listeners.values():
             thread.join(max(0.0, until - time.monotonic()))
@@ -234,6 +244,24 @@ class GlooMailbox:
 
     def _send(self, peer: int, whole: Tensor, length: int) -> None:
         whole[:8].view(torch.int64)[0] = length
+        self._outbox.put((peer, whole, length))
+
+    def _dispatch(self) -> None:
+        """Send what was posted, one message after the other; a peer that takes too long is passed by from then on."""
+        while (posted := self._outbox.get()) is not None:
+            self._begin(*posted)
+            with self._changed:
+                self._passed_by -= {peer for peer in self._passed_by if not self._under_way[peer]}
+                self._changed.wait_for(lambda: not self._in_front(), PATIENCE * self._timeout)
+                self._passed_by |= self._in_front()
+        for queue, _ in self._senders.values():
+            queue.put(None)
+
+    def _in_front(self) -> set[int]:
+        """Peers whose messages hold up the next one."""
+        return {peer for peer, number in enumerate(self._under_way) if number} - self._passed_by
+
+    def _begin(self, peer: int, whole: Tensor, length: int) -> None:
         if peer not in self._senders:
             queue: SimpleQueue[Any] = SimpleQueue()
             self._senders[peer] = queue, _thread(self._attend, (peer, queue), f"piecework-to-{peer}")
@@ -241,6 +269,8 @@ class GlooMailbox:
             work = self._pg.send([whole[: HEAD + max(length, 0)]], peer, _TAG)
         except RuntimeError:
             work = None  # the connection has closed
+        with self._changed:
+            self._under_way[peer] += 1
         self._senders[peer][0].put((work, whole, length))
 
     def _attend(self, peer: int, queue: SimpleQueue[Any]) -> None:
@@ -254,11 +284,12 @@ class GlooMailbox:
                 except RuntimeError:
                     arrived = False
             with self._changed:
+                self._under_way[peer] -= 1
                 if arrived or length < 0:
                     self._free.append(whole)
                 else:
                     self._returned.append(Letter(peer, whole[HEAD : HEAD + length], whole))
-                    self._changed.notify_all()
+                self._changed.notify_all()
             del posted, work, whole
 
     def _listen(self, peer: int) -> None:

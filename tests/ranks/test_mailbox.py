@@ -156,3 +156,36 @@ def one_ends_long_before_the_other(group):
 
 def test_no_thread_is_left_waiting_for_a_peer_that_takes_its_time():
     assert processes(2, one_ends_long_before_the_other, timeout=60) == [[], []]
+
+
+def one_does_not_listen_yet(group):
+    """A peer that takes nothing holds up what is posted to another for a part of the timeout, once."""
+    box = group.mailbox(8_000_000)
+    seconds = []
+    if group.rank == 0:
+        for number in range(3):
+            post(box, 1, *range(10**6))
+            post(box, 2, number)
+    elif group.rank == 2:
+        box.listen([0])
+        began = time.monotonic()
+        found = []
+        while len(found) < 3:
+            box.wait([0])
+            found.extend(read(letter) for letter in box.take())
+            seconds.append(time.monotonic() - began)
+        assert found == [(0, [number]) for number in range(3)]
+    group.any(False)
+    if group.rank == 1:
+        box.listen([0])
+        while len(seconds) < 3:
+            box.wait([0])
+            seconds.extend(letter.content.numel() for letter in box.take())
+    box.close()
+    return seconds
+
+
+def test_a_peer_that_does_not_take_its_mail_does_not_hold_up_the_others_for_long():
+    _, late, soon = processes(3, one_does_not_listen_yet, timeout=60, wait=20.0)
+    assert late == [8_000_000] * 3
+    assert soon[-1] < 5.5  # one patience of 2 s, and not one for each message that waits

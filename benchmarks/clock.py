@@ -5,11 +5,11 @@ Predicted (level C): the programs of `piecework simulate`, with the same draws o
 them measured on something else than the cells:
 
 - latency and bytes a second of a link: fitted to single messages between two ranks (`calibration.py`);
-- bytes a second of all links together: the ranks share the cores of one machine, and these carry every message. From
-  one round of messages without shaping, in which every rank sends 5 MB to the next;
+- bytes a second of all links together: the ranks share the cores of one machine, and these carry every message and
+  work on it. From steps without shaping and with next to no computation (1 ms): what gossip, where every rank sends
+  one message, takes more than ranks that send nothing;
 - overhead: what a step of ranks that send nothing takes besides its computation (optimiser, Python, and the cores that
-  the ranks share), with a seed that no cell has. What a method computes on a message (gossip adds it to the model) is
-  not in it, nor in the prediction.
+  the ranks share), with a seed that no cell has.
 
 The step without messages is no cell, because the overhead comes from it. The number of DistributedDataParallel's
 buckets is the one that it reports. Finished runs are kept in --cache, so that the command can be stopped and given
@@ -30,17 +30,18 @@ import torch
 
 import report
 from ad_psgd import ADPSGD
-from calibration import MODEL_BYTES, Calibration, calibrate
-from emulated import CLASSES, FEATURES, HIDDEN
+from calibration import Calibration, calibrate
+from emulated import Pace, network
 from emulated_runs import WARM_UP, Cell, Entry, run, sgd
 from gossip_baselines import DPSGD, AllReduce, LocalSGD, Overlapped
 from links import Links
 from piecework import Gossip
 from piecework.clock import Noise
 from piecework.clock import scenario as clock
-from piecework.models import mlp
 
 RANKS, SECONDS, STEPS = 8, 0.2, 24
+NO_TIME = 1e-3
+"""Seconds of computation in a step where the processor alone is to be measured."""
 NOTHING = "no messages"
 _SGD = sgd(0.02)
 
@@ -125,16 +126,17 @@ def calibrated(rate_mbit: float | None, cache: Cache) -> Calibration:
     return Calibration(**cache.get(f"link {rate_mbit}", measure))
 
 
-def measured(name: str, condition: Condition, cache: Cache) -> dict[str, float]:
+def measured(name: str, condition: Condition, cache: Cache, seconds: float = SECONDS) -> dict[str, float]:
     def measure() -> dict[str, float]:
         cell = Cell(
-            entry=METHODS[name].entry, ranks=RANKS, rate_mbit=condition.rate_mbit, seconds=SECONDS, steps=STEPS,
+            entry=METHODS[name].entry, ranks=RANKS, rate_mbit=condition.rate_mbit, seconds=seconds, steps=STEPS,
             noise=condition.noise,
         )  # fmt: skip
         found = run(cell)
         return {"step_s": found.wall_s / STEPS, "rounds": found.rounds, "cpu_s": found.cpu_s, "busy": found.busy}
 
-    return dict(cache.get(f"{name} | {condition}", measure))
+    key = f"{name} | {condition}" + ("" if seconds == SECONDS else f" | {seconds:g} s")
+    return dict(cache.get(key, measure))
 
 
 @dataclass(frozen=True)
@@ -146,13 +148,14 @@ class Constants:
 
 
 def constants(cache: Cache) -> Constants:
-    link = calibrated(None, cache)
-    nothing = measured(NOTHING, Condition(noise=Noise(seed=77)), cache)
-    return Constants(RANKS * MODEL_BYTES / link.shift_s, max(0.0, nothing["step_s"] - SECONDS))
+    apart = Condition(noise=Noise(seed=77))
+    nothing = measured(NOTHING, apart, cache)["step_s"]
+    idle, sending = (measured(name, apart, cache, NO_TIME)["step_s"] for name in (NOTHING, "gossip, overlap 0"))
+    return Constants(RANKS * model_bytes() / (sending - idle), max(0.0, nothing - SECONDS))
 
 
 def model_bytes() -> int:
-    return 4 * sum(parameter.numel() for parameter in mlp(FEATURES, HIDDEN, CLASSES, seed=0).parameters())
+    return 4 * sum(parameter.numel() for parameter in network(Pace(0.0)).parameters())
 
 
 def scenario_of(condition: Condition, found: dict[str, float], known: Constants, cache: Cache) -> clock.Scenario:

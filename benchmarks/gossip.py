@@ -112,7 +112,7 @@ def measure(name: str, cache: Cache, seeds: Sequence[int]) -> None:
         for method in scenario.methods:
             found[method].append(cache.outcome(name, scenario.cell(method, seed)))
     note = (
-        f"{scenario.about}; {scenario.seconds} s of computing a step, emulated; 1 245 514 parameters (5 MB); 8 rows a "
+        f"{scenario.about}; {scenario.seconds} s of computing a step, emulated; 1 252 170 parameters (5 MB); 8 rows a "
         f"rank and step, digits; seeds {', '.join(map(str, seeds))}, paired; medians, with quartiles in brackets. "
         "Level B: emulated compute, real processes and sockets, on links as at level A (network namespaces, token "
         "buckets). Waiting: as the method itself tells, where it does."

@@ -465,3 +465,24 @@ def test_a_coupling_that_grows_may_be_late_and_skips_only_the_steps_that_it_is_l
             for one, gradient in moves:
                 one.sub_(0.1 * gradient)
     assert worst([model.parameters()], [twin.parameters()]) < 1e-12
+
+
+@pytest.mark.parametrize(("late", "limit"), [(0, 38.0), (1, 1.0)])
+def test_momentum_gives_a_high_limit_of_the_rate_and_lateness_takes_it_away(late: int, limit: float) -> None:
+    def length(rate: float) -> float:
+        model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)).double()
+        with torch.no_grad():
+            for one in model.parameters():
+                one.fill_(1.0)
+        moving = partial(torch.optim.SGD, lr=rate, momentum=0.9, dampening=0.9)
+        recipe = Local(
+            coupling="interlock", staleness=late, optimizer=(moving, partial(torch.optim.SGD, lr=0.0)), probe_every=0
+        )
+        training = recipe.bind(model, losses.Squared())
+        batch = Batch(torch.ones(3, 1, dtype=torch.float64), torch.zeros(3, 1, dtype=torch.float64))
+        for _ in range(600):
+            training.step(batch)
+        return float(next(model.parameters()).detach().abs())
+
+    assert length(0.9 * limit / 2) < 0.5  # the loss is the square of the first weight: its curvature is 2
+    assert length(1.1 * limit / 2) > 10.0

@@ -25,10 +25,11 @@ pytestmark = pytest.mark.timeout(90)
 
 def test_in_a_verb_of_all_the_last_to_come_is_waited_for_and_then_messages_travel() -> None:
     waits = [
-        Wait(0, 1, "sum_", (), 1.0, 3.5),
-        Wait(1, 1, "sum_", (), 3.0, 3.5),
-        Wait(2, 1, "sum_", (), 2.0, 3.4),
-        Wait(0, 1, "sum_", (), 4.0, 5.0),  # the second of the step: nobody else has noted it
+        Wait(0, 1, "sum_", (), 1.0, 3.5, 4, 3),
+        Wait(1, 1, "sum_", (), 3.0, 3.5, 4, 3),
+        Wait(2, 1, "sum_", (), 2.0, 3.4, 4, 3),
+        Wait(0, 1, "sum_", (), 4.0, 4.5, 5, 3),  # rank 1 has not noted it, so nobody knows who was last
+        Wait(2, 1, "sum_", (), 4.2, 5.0, 5, 3),
         Wait(1, 2, "mailbox", (2, 0), 6.0, 7.0),
     ]
     assert parts(waits) == [
@@ -37,12 +38,13 @@ def test_in_a_verb_of_all_the_last_to_come_is_waited_for_and_then_messages_trave
         Part(0, 1, None, 3.0, 3.5),
         Part(1, 1, None, 3.0, 3.5),
         Part(2, 1, None, 3.0, 3.4),
-        Part(0, 1, None, 4.0, 5.0),
+        Part(0, 1, None, 4.0, 4.5),
+        Part(2, 1, None, 4.2, 5.0),
         Part(1, 2, 2, 6.0, 7.0),
     ]
     first = shares(waits)[0]
     assert (first.rank, first.most_for, first.longest, first.longest_step) == (0, 1, 2.0, 1)
-    assert (first.waiting, first.messages) == pytest.approx((2 / 6, 1.5 / 6))
+    assert (first.waiting, first.messages) == pytest.approx((2 / 6, 1.0 / 6))
     assert window(waits, steps=1) == (6.0, 7.0)
 
 
@@ -58,14 +60,36 @@ def test_notes_are_bounded_and_only_made_when_asked_for(tmp_path: Path) -> None:
     told = waits.read()
     assert told["left_out"] == 7
     assert [one[0] for one in told["waits"]] == [*range(FIRST), *range(FIRST + 7, FIRST + LAST + 7)]
-    assert all(10.0 <= began <= ended < 20.0 for *_, began, ended in told["waits"])
+    assert all(10.0 <= began <= ended < 20.0 for *_, began, ended, _, _ in told["waits"])
+    assert [one[-2:] for one in told["waits"][:2]] == [[2, 1], [3, 1]]  # the first call was not noted, and counted
     write(tmp_path / "file", [told], more=True)
     write(tmp_path / "file", [told], more=True)
-    assert len(read(tmp_path / "file")) == 2 * (FIRST + LAST)
+    assert len(read(tmp_path / "file").waits) == 2 * (FIRST + LAST)
+    assert read(tmp_path / "file").left_out == 14
+
+
+def test_ranks_keep_the_numbers_that_they_started_with() -> None:
+    waits = Waits(2, range(4))
+    waits.begin()
+    waits.note("mailbox", 1, (1, 3), 0.0, 1.0)
+    waits.meet(2, (0, 2, 3))
+    waits.note("mailbox", 2, (1, 2), 0.0, 1.0)
+    waits.note("sum_", 2, (), 0.0, 1.0)
+    told = waits.read()
+    assert told["rank"] == 2
+    assert [one[2] for one in told["waits"]] == [[1, 3], [2, 3], []]
+    assert told["waits"][-1][-2:] == [1, 3]
 
 
 @pytest.mark.parametrize(
-    "line", ['{"rank": 0}', "[]", '{"rank": 0, "step": 1, "verb": "x", "peers": [], "began": 2, "ended": 1}']
+    "line",
+    [
+        '{"rank": 0}',
+        "[]",
+        '{"rank": 0, "step": 1, "verb": "x", "peers": [], "began": 2, "ended": 1}',
+        '{"rank": 0, "step": 1e999, "verb": "x", "peers": [], "began": 1, "ended": 2}',
+        '{"rank": 0, "step": 1, "verb": "x", "peers": [], "began": 1, "ended": 1e999}',
+    ],
 )
 def test_a_damaged_file_is_refused(line: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text(line + "\n")
@@ -102,7 +126,9 @@ def slow_rank(group: Group, method: str, folder: str, slow: int) -> int:
 def test_all_are_seen_to_wait_for_the_rank_that_is_slow(method: str, tmp_path: Path) -> None:
     folder = str(tmp_path / "run")
     threads(3, partial(slow_rank, method=method, folder=folder, slow=1), timeout=60)
-    waits = RunFolder(folder).waits()
+    timeline = RunFolder(folder).waits()
+    assert timeline is not None
+    waits = timeline.waits
     assert waits
     assert {wait.step for wait in waits} <= set(range(1, 13))
     found = {share.rank: share for share in shares(waits)}
@@ -122,7 +148,9 @@ def test_real_processes_say_the_same_and_are_drawn(
     said = capsys.readouterr().out
     assert "rank 2 (" in said
     assert (folder / "timeline.png").read_bytes().startswith(b"\x89PNG")
-    found = {share.rank: share for share in shares(RunFolder(folder).waits() or [])}
+    timeline = RunFolder(folder).waits()
+    assert timeline is not None
+    found = {share.rank: share for share in shares(timeline.waits)}
     assert found[0].most_for == 2
     assert found[1].most_for == 2
     assert main(["show", "--timeline", str(folder), "--between", "0.1", "0.2", "--out", str(tmp_path / "a.png")]) == 0

@@ -163,7 +163,7 @@ class RunFolder:
         timeline.write(self.path / timeline.TIMELINE, told, more=True)
         return b""
 
-    def waits(self) -> list[timeline.Wait] | None:
+    def waits(self) -> timeline.Timeline | None:
         """When ranks waited for each other; None for a run that did not note it."""
         path = self.path / timeline.TIMELINE
         return timeline.read(path) if storage.is_there(path) else None

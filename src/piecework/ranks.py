@@ -88,7 +88,7 @@ class Ranks:
         self.store = store
         """Where the ranks met, None where torch does not tell; writers put a name of their own in front."""
         self._pg, self._backends = pg, backends
-        self.waits = Waits()
+        self.waits = Waits(self.rank, range(self.size))
         """When this rank waited for others."""
         self._packs = messages.Packs()
         self._lost: PeerLost | None = None
@@ -218,6 +218,7 @@ class Ranks:
         All call this with the same numbers and a store for this epoch alone; `PeerLost` where one does not come."""
         group = Ranks.met(store, members.index(name), len(members), timeout=timeout)
         group.timeout, group.waits = self.timeout, self.waits
+        self.waits.meet(name, members)
         self._others.append(group)
         return group
 

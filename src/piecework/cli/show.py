@@ -14,7 +14,7 @@ from .parse import parse
 if TYPE_CHECKING:
     from ..checkpoint import RunFolder
     from ..history import History
-    from ..timeline import Wait
+    from ..timeline import Timeline
 
 SHOW = "piecework show RUN [RUN ...] [--out FILE] [--timeline]"
 PICTURE, TIMELINE_PICTURE = "show.png", "timeline.png"
@@ -102,25 +102,25 @@ def _timeline(chosen: ShowOptions, runs: Sequence[RunFolder]) -> None:
     if chosen.out is not None and len(runs) > 1:
         raise BadInput("--out is for the picture of one timeline; show one run, or leave it out")
     for run in runs:
-        waits = run.waits()
-        if not waits:
+        timeline = run.waits()
+        if timeline is None or not timeline.waits:
             raise BadInput(
                 f"{run.path} has no timeline ({TIMELINE}): runs on several ranks leave one when they end; leave out "
                 "--timeline"
             )
-        between = window(waits) if chosen.between is None else chosen.between
+        between = window(timeline.waits) if chosen.between is None else chosen.between
         if not between[0] < between[1]:
             raise BadInput(f"--between takes two moments, the earlier first; got {between[0]:g} and {between[1]:g}")
-        _print_shares(run, waits)
+        _print_shares(run, timeline)
         picture = io.BytesIO()
         title = f"{_harmless(run.path.resolve().name)}: who waits for whom"
-        draw_timeline(waits, picture, between, title=title)
+        draw_timeline(timeline.waits, picture, between, title=title)
         path = Path(chosen.out) if chosen.out is not None else run.path / TIMELINE_PICTURE
         storage.replace_bytes(path, picture.getvalue())
         print(f"figure   {path}: {between[0]:.4g} to {between[1]:.4g} s; --between S S for another part")
 
 
-def _print_shares(run: RunFolder, waits: Sequence[Wait]) -> None:
+def _print_shares(run: RunFolder, timeline: Timeline) -> None:
     from ..timeline_figure import shares
     from .tables import console, table
 
@@ -135,9 +135,10 @@ def _print_shares(run: RunFolder, waits: Sequence[Wait]) -> None:
             f"{1000 * one.longest:.1f} ms",
             str(one.longest_step),
         )
-        for one in shares(waits)
+        for one in shares(timeline.waits)
     ]
-    print(f"timeline {run.path}: {len(waits):,} waits; at work is all that was no waiting")
+    left_out = f", and {timeline.left_out:,} in the middle that were not kept" if timeline.left_out else ""
+    print(f"timeline {run.path}: {len(timeline.waits):,} waits{left_out}; at work is all that was no waiting")
     console().print(table(headings, rows))
 
 

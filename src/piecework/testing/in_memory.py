@@ -200,7 +200,7 @@ class Threads:
         self.rounds = 0
         self.calls = 0
         self.store = board.store
-        self.waits = Waits()
+        self.waits = Waits(rank, range(board.size))
         self._num_mailboxes = 0
         self._board = board
 
@@ -262,6 +262,7 @@ class Threads:
         """A new group of these ranks, who all call this with the same numbers."""
         group = Threads(members.index(name), self._board.again(members, epoch))
         group.waits = self.waits
+        self.waits.meet(name, members)
         return group
 
     def hang_up(self) -> None:

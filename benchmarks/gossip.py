@@ -105,11 +105,11 @@ def rows_of(scenario: Scenario, found: dict[str, list[Outcome]]) -> list[list[ob
     return rows
 
 
-def measure(name: str, cache: Cache, seeds: Sequence[int]) -> None:
+def measure(name: str, cache: Cache, seeds: Sequence[int], methods: Sequence[str]) -> None:
     scenario = SCENARIOS[name]
-    found: dict[str, list[Outcome]] = {method: [] for method in scenario.methods}
+    found: dict[str, list[Outcome]] = {method: [] for method in scenario.methods if method in methods or not methods}
     for seed in seeds:
-        for method in scenario.methods:
+        for method in found:
             found[method].append(cache.outcome(name, scenario.cell(method, seed)))
     note = (
         f"{scenario.about}; {scenario.seconds} s of computing a step, emulated; 1 252 170 parameters (5 MB); 8 rows a "
@@ -143,6 +143,7 @@ def caps(cache: Cache) -> None:
 def main() -> None:
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words.add_argument("--scenario", choices=SCENARIOS, action="append", default=[])
+    words.add_argument("--methods", nargs="+", default=[], help=f"some of them, {DDP!r} among them; all if left out")
     words.add_argument("--caps", action="store_true")
     words.add_argument("--cache", type=Path, default=Path("gossip-runs.jsonl"))
     words.add_argument("--minutes", type=float, help="begin no further run after so long")
@@ -156,7 +157,7 @@ def main() -> None:
     if chosen.caps:
         caps(cache)
     for name in chosen.scenario:
-        measure(name, cache, chosen.seeds)
+        measure(name, cache, chosen.seeds, chosen.methods)
 
 
 if __name__ == "__main__":

@@ -45,10 +45,15 @@ class Setting:
 
 
 SETTINGS = {"digits": Setting((100,), 16, 600), "mnist": Setting((100,), 32, 1500)}
-RATES = (0.01, 0.03, 0.1, 0.3)
+RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
 ALPHA = 0.1
 DDP = "averaged gradients"
 SLOW: dict[str, Any] = {"slow_every": 24, "slow_momentum": 0.5}
+
+
+def uneven(rank: int, round: int, size: int) -> dict[int, float]:
+    """A graph for which the weight is there: a rank sends 0.3 to the next one, and all but the last 0.4 to the last."""
+    return {(rank + 1) % size: 0.3, **({size - 1: 0.4} if rank < size - 2 else {})}
 
 
 def on_time(**settings: Any) -> Callable[..., Gossip]:
@@ -66,6 +71,8 @@ ROWS: dict[str, Callable[..., piecework.Method]] = {
     "overlap 1, tracking": on_time(overlap=1, tracking=True),
     "overlap 1, bfloat16": on_time(overlap=1, wire="bfloat16"),
     "overlap 1, no weight (biased)": on_time(overlap=1, push_weight=False),
+    "overlap 1, uneven graph": on_time(overlap=1, graph=uneven),
+    "overlap 1, uneven graph, no weight (biased)": on_time(overlap=1, graph=uneven, push_weight=False),
     "periodic averaging, 24 steps": on_time(overlap=0, every=10**9, slow_every=24),
     "no messages, averaged at the end": on_time(overlap=0, every=10**9),
 }

@@ -106,7 +106,14 @@ SCENARIOS: dict[str, Scenario] = {
     "1gbit": Scenario(about="8 ranks, 1 Gbit/s links", rate_mbit=1000, methods=FEW),
     "unshaped": Scenario(
         about="8 ranks, links as fast as the machine",
-        methods=(*FEW, "local sgd, 8 steps", "ad-psgd, bound 1", "osgp 1 + slowmo", "no communication"),
+        methods=(
+            *FEW,
+            "osgp 2, a send every step",
+            "local sgd, 8 steps",
+            "ad-psgd, bound 1",
+            "osgp 1 + slowmo",
+            "no communication",
+        ),
     ),
     "stalls": Scenario(
         about="8 ranks, unshaped links; each step of a rank stalls for a step's time with probability 1/8",
@@ -117,6 +124,12 @@ SCENARIOS: dict[str, Scenario] = {
         about="8 ranks, 1 Gbit/s links; each step of a rank stalls for a step's time with probability 1/8",
         methods=(DDP, "osgp 1", "osgp 2, a send every step", "osgp 4, a send every step"),
         rate_mbit=1000,
+        stalls=1 / 8,
+    ),
+    "stalls-100mbit": Scenario(
+        about="8 ranks, 100 Mbit/s links; each step of a rank stalls for a step's time with probability 1/8",
+        methods=(DDP, "osgp 1", "osgp 2, a send every 2"),
+        rate_mbit=100,
         stalls=1 / 8,
     ),
     "slow-rank": Scenario(

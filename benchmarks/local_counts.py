@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import report
-from local_runs import LOSS, Section, batch_of, cut, model_of, pipeline
-from piecework import Adam, Batch, Group, Local, data, split
+from local_runs import LOSS, Section, batch_of, model_of, pipeline
+from piecework import Adam, Batch, Group, Local, data
 from piecework.batches import MiniBatches
 from piecework.models import mlp
 from piecework.testing import processes
@@ -75,9 +75,9 @@ def kept(group: Group, *, method: Any, kind: str, size: dict[str, int]) -> dict[
 
 def kept_by_schedule(group: Group, *, kind: str, size: dict[str, int], schedule: str, chunks: int) -> dict[str, float]:
     torch.set_num_threads(1)
-    step = pipeline(group, kind, size, schedule, chunks)
+    own, step = pipeline(group, kind, size, schedule, chunks)
     step(batch_of(kind, size, 0))
-    peak = Peak(list(split(model_of(kind, size), at=cut(kind, size, group.size))[group.rank].parameters()))
+    peak = Peak(list(own.parameters()))
     with peak.hooks:
         for seed in (1, 2, 3):
             step(batch_of(kind, size, seed))

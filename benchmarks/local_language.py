@@ -38,7 +38,7 @@ class Entry:
 
 
 def _local(steps: int, *, coupling: Any = "greedy", late: int = 0, anneal: bool = False, **adam: Any) -> Local:
-    span = (0, int(0.7 * steps)) if anneal else None
+    span = (0, max(1, int(0.7 * steps))) if anneal else None
     return Local(blocks=2, coupling=coupling, staleness=late, anneal=span, probe_every=0, **adam)
 
 

@@ -139,8 +139,10 @@ def by_hand(group: Group, *, kind: str, size: dict[str, int], at: tuple[int, ...
     return timed(group, step, size["steps"])
 
 
-def pipeline(group: Group, kind: str, size: dict[str, int], schedule: str, chunks: int) -> Callable[[Batch], None]:
-    """A step of torch's schedule on ranks: each holds the block of the model that `Local` would give it."""
+def pipeline(
+    group: Group, kind: str, size: dict[str, int], schedule: str, chunks: int
+) -> tuple[nn.Module, Callable[[Batch], None]]:
+    """The block of the model that `Local` would give this rank, and a step of torch's schedule with it."""
     from torch.distributed import pipelining
 
     own: Any = split(model_of(kind, size), at=cut(kind, size, group.size))[group.rank]
@@ -156,12 +158,12 @@ def pipeline(group: Group, kind: str, size: dict[str, int], schedule: str, chunk
             made.step(target=batch.y, losses=[])
         optimizer.step()
 
-    return step
+    return own, step
 
 
 def by_schedule(group: Group, *, kind: str, size: dict[str, int], schedule: str, chunks: int) -> dict[str, float]:
     torch.set_num_threads(1)
-    step = pipeline(group, kind, size, schedule, chunks)
+    _, step = pipeline(group, kind, size, schedule, chunks)
     batches = [batch_of(kind, size, seed) for seed in range(4)]
     return timed(group, lambda number: step(batches[number % 4]), size["steps"])
 

@@ -6,7 +6,7 @@ throughput: rows a second of two local blocks on two processes of one thread, of
 language: validation loss of a character transformer after equal seconds, rates tuned alike. WORDS: parts of the names
     of rows. About 9 minutes a row (nine runs of a minute), of which every one is timed.
 period: the steady state, measured for two processes and of blocks that sleep, and a recurrence up to 16 stages. About
-    4 minutes, of which every one is timed.
+    8 minutes, of which every one is timed.
 memory: the most that autograd keeps at once, a stage, and the bytes that each link carries in a step. Counts: 3
     minutes, and other work on the machine does no harm.
 flops: matrix products, heads counted, until a training loss is reached, on one process. Counts: 5 minutes.

@@ -193,6 +193,8 @@ def flops(runs: Runs, size: dict[str, int], only: tuple[str, ...]) -> list[Secti
             middle = report.median(reached)
             total = None if middle is None else middle * each / 1e9
             accuracies = report.spread([one["accuracy"] for one in told], 3)
+            if blocks == 2 and name in ("interlock of 2", "chunk of 2"):
+                name += " (this is backpropagation)"
             rows.append([blocks, name, each / 1e6, report.spread(reached, 0), total, accuracies])
     note = f"digits, 64-8x128-10, batches of 128, lr 3e-3, until a running mean of the training loss is below {target}"
     header = ["blocks", "what", "Mflop a step, heads counted", "steps", "Gflop in all", "test accuracy there"]

@@ -3,8 +3,9 @@
 Each seed is trained thrice, with the same start and the same rows in the same order: undisturbed, undisturbed again
 (with overlap messages are used when they come, so no two runs are alike), and with SIGKILL for one rank, at some moment
 of a step between a third and a half of the way; rank, step and moment depend on the seed. The processes are plain ones,
-and their store is in a process outside. The others go on with 7 batches a step instead of 8. Losses are those of the
-average model on all training and all test rows, after the last step.
+and their store is in a process outside. The others go on with 7 batches a step instead of 8, and raise their weights at
+the next evaluation; there is one an epoch. Losses are those of the average model on all training and all test rows,
+after the last step.
 
 `difference`: to the first undisturbed run of the same seed, as a part of its loss.
 """
@@ -48,8 +49,9 @@ def fitted(group: Group, *, name: str, overlap: int, seed: int, die: bool) -> di
     who, when, delay = draw.randrange(RANKS), draw.randint(steps // 3, steps // 2), draw.uniform(0.0, 0.01)
     if die and group.rank == who:
         _kill_in_step(training, when, delay)
+    every = len(set_.train) // (RANKS * BATCH_SIZE[name])
     history = piecework.fit(
-        training, set_, loss=loss, steps=steps, batch_size=BATCH_SIZE[name], evaluate_every=steps, seed=seed
+        training, set_, loss=loss, steps=steps, batch_size=BATCH_SIZE[name], evaluate_every=every, seed=seed
     )
     last = history.rows[-1]
     return {

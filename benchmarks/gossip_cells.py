@@ -93,6 +93,7 @@ class Scenario:
 
 
 FEW = (DDP, "d-psgd", "sgp", "osgp 1", "osgp 2, a send every 2")
+SLOW_LINKS = (DDP, "osgp 1", "osgp 2, bfloat16 wire", "osgp 2, a send every 2", "osgp 4, a send every 2")
 NOISY = (
     DDP, "local sgd, 8 steps", "d-psgd", "ad-psgd, bound 1", "sgp", "osgp 1", "osgp 2, a send every step",
     "osgp 4, a send every step", "no communication",
@@ -104,7 +105,7 @@ SCENARIOS: dict[str, Scenario] = {
         rate_mbit=100,
         methods=[name for name in METHODS if name not in ("osgp 2, a send every step", "osgp 4, a send every step")],
     ),
-    "1gbit": Scenario(about="8 ranks, 1 Gbit/s links", rate_mbit=1000, methods=FEW),
+    "1gbit": Scenario(about="8 ranks, 1 Gbit/s links", rate_mbit=1000, methods=(*FEW, "osgp 2, a send every step")),
     "unshaped": Scenario(
         about="8 ranks, links as fast as the machine",
         methods=(
@@ -129,7 +130,7 @@ SCENARIOS: dict[str, Scenario] = {
     ),
     "stalls-100mbit": Scenario(
         about="8 ranks, 100 Mbit/s links; each step of a rank stalls for a step's time with probability 1/8",
-        methods=(DDP, "osgp 1", "osgp 2, a send every 2"),
+        methods=SLOW_LINKS,
         rate_mbit=100,
         stalls=1 / 8,
     ),
@@ -138,18 +139,14 @@ SCENARIOS: dict[str, Scenario] = {
         methods=(DDP, "ad-psgd, bound 1", "osgp 1", "osgp 4, a send every step", "no communication"),
         slow_rank=3,
     ),
-    "4-ranks-100mbit": Scenario(
-        about="4 ranks, 100 Mbit/s links", methods=(DDP, "osgp 1", "osgp 2, a send every 2"), ranks=4, rate_mbit=100
-    ),
+    "4-ranks-100mbit": Scenario(about="4 ranks, 100 Mbit/s links", methods=SLOW_LINKS, ranks=4, rate_mbit=100),
     "4-ranks-stalls": Scenario(
         about="4 ranks, unshaped links; stalls with probability 1/4",
         methods=(DDP, "osgp 1", "osgp 4, a send every step"),
         ranks=4,
         stalls=1 / 4,
     ),
-    "16-ranks-100mbit": SIXTEEN(
-        about="16 ranks, 100 Mbit/s links", methods=(DDP, "osgp 1", "osgp 2, a send every 2"), rate_mbit=100
-    ),
+    "16-ranks-100mbit": SIXTEEN(about="16 ranks, 100 Mbit/s links", methods=SLOW_LINKS, rate_mbit=100),
     "16-ranks-stalls": SIXTEEN(
         about="16 ranks, unshaped links; stalls with probability 1/16",
         methods=(DDP, "osgp 1", "osgp 4, a send every step"),

@@ -15,13 +15,12 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from . import roll_call
-from .meeting import within
-from .ranks import Ranks
+from .ranks import Ranks, roll_call
+from .ranks.meeting import within
 from .training import BadInput, PeerLost
 
 if TYPE_CHECKING:
-    from .mailbox import Mailbox
+    from .ranks.mailbox import Mailbox
 
 
 class Pending(Protocol):

@@ -11,11 +11,10 @@ import torch
 from torch import nn
 
 from piecework import BadInput, Gossip
-from piecework.meeting import named
 from piecework.methods.gossip.push_sum import PushSum
-from piecework.newcomers import joining
-from piecework.ranks import Ranks
-from piecework.survivors import surviving
+from piecework.ranks import Ranks, joining
+from piecework.ranks.meeting import named
+from piecework.ranks.survivors import surviving
 from piecework.testing import processes, threads
 from piecework.training import PeerLost
 

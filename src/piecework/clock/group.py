@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .. import messages
 from ..group import Pending
+from ..ranks import messages
 from ..testing.faults import thread_rank
 from ..training import PeerLost
 from .link import Link

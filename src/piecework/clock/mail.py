@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..mailbox import Letter
+from ..ranks.mailbox import Letter
 
 if TYPE_CHECKING:
     from .group import ClockGroup, World

@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import messages
 from ..group import Pending
-from ..mailbox import Mailbox
-from ..meeting import Store
+from ..ranks import messages
+from ..ranks.mailbox import Mailbox
+from ..ranks.meeting import Store
 from ..timeline import Waits
 from ..training import PeerLost
 from .in_memory_mail import MemoryMailbox, Office

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..mailbox import Letter
+from ..ranks.mailbox import Letter
 from ..training import PeerLost
 
 if TYPE_CHECKING:

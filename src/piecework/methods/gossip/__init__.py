@@ -35,8 +35,8 @@ from torch import nn
 
 from ...group import Group, current
 from ...losses import Loss
-from ...newcomers import Newcomer
-from ...survivors import surviving
+from ...ranks.newcomers import Newcomer
+from ...ranks.survivors import surviving
 from ...training import BadInput
 from ..alike import notes_of
 from ..parameters import fused_kernels
@@ -158,7 +158,7 @@ class Gossip:
             warnings.warn(f"gossip: {ignored} is of the rule, and optimizer= was given in its place", stacklevel=3)
 
     def bind(self, model: nn.Module, loss: Loss, *, group: Group | Newcomer | None = None) -> GossipAtWork:
-        """Start a Training from the weights of rank 0; in `newcomers.joining` one that has no weight at first.
+        """Start a Training from the weights of rank 0; in `ranks.joining` one that has no weight at first.
 
         Raises CannotTrain for a model without a derivative or for label smoothing with a loss that has none, BadInput
         where ranks were given different settings or models."""

@@ -72,7 +72,7 @@ class Attached:
         self.detach()
 
     def admit(self) -> int:
-        """Let those in who wait to join (`piecework.newcomers.joining`); returns how many. Collective."""
+        """Let those in who wait to join (`piecework.ranks.joining`); returns how many. Collective."""
         return self._peers.admit(lambda notes: refusal(self._recipe, self.model, notes))
 
     def detach(self) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...mailbox import Letter
+from ...ranks.mailbox import Letter
 
 _HEAD = struct.Struct("<qd")
 _ALIGN = 64

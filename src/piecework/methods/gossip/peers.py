@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...group import Group
-from ...survivors import Survivors
+from ...ranks.survivors import Survivors
 from ...training import Metrics
 from ..parameters import share_from_rank_0
 from .outer import SlowMomentum

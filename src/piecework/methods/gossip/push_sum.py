@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ...group import Group
-from ...mailbox import Letter, Mailbox
-from ...survivors import Survivors
+from ...ranks.mailbox import Letter, Mailbox
+from ...ranks.survivors import Survivors
 from .graphs import Graph, Links
 from .message import Layout, Mass
 

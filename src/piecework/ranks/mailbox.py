@@ -26,9 +26,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..timeline import Waits
+from ..training import PeerLost
 from .meeting import Store, connect, named
-from .timeline import Waits
-from .training import PeerLost
 
 HEAD = 64
 """Bytes in front of a message, of which 8 are used: what follows stays aligned."""

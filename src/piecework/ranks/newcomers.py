@@ -22,9 +22,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..training import BadInput, PeerLost
 from .meeting import Store, ground, named, within
-from .ranks import Ranks
-from .training import BadInput, PeerLost
+from .process_group import Ranks
 
 FIRST = 1_000_000
 """The name of the first newcomer: above all ranks that a job may start with."""

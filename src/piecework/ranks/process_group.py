@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..timeline import Waits
+from ..training import BadInput, PeerLost
 from . import messages, roll_call
 from .meeting import Store, connect, named
-from .timeline import Waits
-from .training import BadInput, PeerLost
 
 if TYPE_CHECKING:
-    from .group import Pending
+    from ..group import Pending
     from .mailbox import Mailbox
 
 _TAG = 0x70776B

@@ -24,13 +24,13 @@ from typing import Any, Protocol, TypeVar, cast
 import torch
 from torch import Tensor
 
+from ..group import Group, Pending
+from ..timeline import Waits, waits_of
+from ..training import PeerLost
 from . import newcomers
-from .group import Group, Pending
 from .mailbox import Mailbox
 from .meeting import Store, named
 from .newcomers import Newcomer
-from .timeline import Waits, waits_of
-from .training import PeerLost
 
 R = TypeVar("R")
 

@@ -95,8 +95,7 @@ class Peers:
         assert self._own is None, "resume() comes before the forward pass"
         weight = self.push_sum.weight
         if self._tracker is not None and weight > 0:
-            on_z = self._recipe.step_on == "z" and weight > 0
-            self._tracker.replace_gradients(1.0 / weight if on_z else 1.0)
+            self._tracker.replace_gradients(1.0 / weight if self._recipe.step_on == "z" else 1.0)
         if weight == 0.0:  # nothing has been pushed to this rank yet: it cannot move
             self._before = [parameter.detach().clone() for parameter in self._parameters]
         elif self._recipe.step_on == "x":

@@ -90,7 +90,7 @@ class Outcome:
     curve: list[dict[str, float]]
     """At each snapshot: step, seconds (of the last rank to get there), loss of the mean of the ranks' parameters, and
     the root mean square distance of a rank from this mean as a part of its length; at the last one also the ranks'
-    mean and largest loss, and the test accuracy of the mean."""
+    mean and largest loss, the test accuracy of the mean, and with a slow rank the loss after `sync`."""
 
     def reached(self, loss: float) -> dict[str, float] | None:
         """Steps and seconds when the loss first was so low, on a line between two snapshots; None if it never was."""
@@ -171,9 +171,14 @@ def train(group: Group, *, cell: Cell, folder: str) -> dict[str, Any]:
         training.step(batches.batch(step))
     group.any(False)
     figures = _timed(group, training, batches, copies, pace, cell)
-    getattr(training, "close", _nothing)()
     looked_at = Batch(rows.x[:EVALUATED], rows.y[:EVALUATED])
+    synced = {}
+    if cell.noise.slow_rank is not None:  # it ends its steps alone: the mean of the ranks counts that in full
+        training.sync()
+        synced["synced_loss"] = loss_of(model, loss, looked_at)
+    getattr(training, "close", _nothing)()
     figures["points"] = copies.evaluated(group, Path(folder), loss, looked_at, scaled(set_, set_.test))
+    figures["points"].get(str(len(copies.times) - 1), {}).update(synced)
     return figures
 
 
@@ -209,6 +214,12 @@ def _timed(group: Group, training: Any, batches: MiniBatches, copies: _Copies, p
 
 def _nothing() -> None:
     return None
+
+
+@torch.no_grad()
+def loss_of(model: nn.Module, loss: Loss, rows: Batch) -> float:
+    model.eval()
+    return float(loss(model(rows.x), rows.y))
 
 
 def scaled(set_: data.Dataset, part: Batch) -> Batch:
@@ -252,7 +263,6 @@ class _Copies:
 
     @torch.no_grad()
     def _point(self, own: list[Tensor], loss: Loss, rows: Batch) -> dict[str, float]:
-        self._model.eval()
         mean = torch.stack(own).mean(0)
         apart = float(torch.stack([(vector - mean).square().sum() for vector in own]).mean().sqrt())
         return {"loss": self._loss_of(mean, loss, rows), "distance": apart / float(mean.norm())}
@@ -267,7 +277,7 @@ class _Copies:
     def _loss_of(self, vector: Tensor, loss: Loss, rows: Batch) -> float:
         """With the vector left in the model."""
         nn.utils.vector_to_parameters(vector, self._parameters)
-        return float(loss(self._model(rows.x), rows.y))
+        return loss_of(self._model, loss, rows)
 
 
 def sgd(lr: float, momentum: float = 0.9) -> Callable[..., torch.optim.Optimizer]:

@@ -19,7 +19,7 @@ TARGET = 0.02
 """Loss on the fixed rows at which the clock is read; fixed before any timed run."""
 
 STEPS = 80
-"""Of every run, so that all can be compared at equal steps."""
+"""Of every run with 8 ranks and more, so that all can be compared at equal steps."""
 
 EVERY = 2
 """Steps between two looks at the loss."""
@@ -76,8 +76,9 @@ class Scenario:
     seconds: float = 0.2
     stalls: float = 0.0
     slow_rank: int | None = None
+    steps: int = STEPS
 
-    def cell(self, method: str, seed: int, *, steps: int = STEPS) -> Cell:
+    def cell(self, method: str, seed: int) -> Cell:
         if method not in RATES:
             raise SystemExit(f"no learning rate for {method}; run: python benchmarks/gossip_rates.py '{method}'")
         return Cell(
@@ -85,7 +86,7 @@ class Scenario:
             ranks=self.ranks,
             rate_mbit=self.rate_mbit,
             seconds=self.seconds,
-            steps=steps,
+            steps=self.steps,
             noise=Noise(stalls=self.stalls, slow_rank=self.slow_rank, seed=seed),
             snapshot_every=EVERY,
             seed=seed,
@@ -98,6 +99,7 @@ NOISY = (
     DDP, "local sgd, 8 steps", "d-psgd", "ad-psgd, bound 1", "sgp", "osgp 1", "osgp 2, a send every step",
     "osgp 4, a send every step", "no communication",
 )  # fmt: skip
+FOUR = partial(Scenario, ranks=4, steps=2 * STEPS)  # which see half the rows a step
 SIXTEEN = partial(Scenario, ranks=16, seconds=0.4)
 SCENARIOS: dict[str, Scenario] = {
     "100mbit": Scenario(
@@ -139,11 +141,10 @@ SCENARIOS: dict[str, Scenario] = {
         methods=(DDP, "ad-psgd, bound 1", "osgp 1", "osgp 4, a send every step", "no communication"),
         slow_rank=3,
     ),
-    "4-ranks-100mbit": Scenario(about="4 ranks, 100 Mbit/s links", methods=SLOW_LINKS, ranks=4, rate_mbit=100),
-    "4-ranks-stalls": Scenario(
+    "4-ranks-100mbit": FOUR(about="4 ranks, 100 Mbit/s links", methods=SLOW_LINKS, rate_mbit=100),
+    "4-ranks-stalls": FOUR(
         about="4 ranks, unshaped links; stalls with probability 1/4",
         methods=(DDP, "osgp 1", "osgp 4, a send every step"),
-        ranks=4,
         stalls=1 / 4,
     ),
     "16-ranks-100mbit": SIXTEEN(about="16 ranks, 100 Mbit/s links", methods=SLOW_LINKS, rate_mbit=100),

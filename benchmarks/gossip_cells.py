@@ -94,7 +94,7 @@ class Scenario:
 
 
 FEW = (DDP, "d-psgd", "sgp", "osgp 1", "osgp 2, a send every 2")
-SLOW_LINKS = (DDP, "osgp 1", "osgp 2, bfloat16 wire", "osgp 2, a send every 2", "osgp 4, a send every 2")
+SLOW_LINKS = (DDP, "d-psgd", "osgp 1", "osgp 2, bfloat16 wire", "osgp 2, a send every 2", "osgp 4, a send every 2")
 NOISY = (
     DDP, "local sgd, 8 steps", "d-psgd", "ad-psgd, bound 1", "sgp", "osgp 1", "osgp 2, a send every step",
     "osgp 4, a send every step", "no communication",
